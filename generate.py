@@ -1,0 +1,249 @@
+"""Batched greedy translation with a KV cache, any mix of directions in a batch.
+
+    python generate.py --adapter runs/stage2/adapter --src de --tgt is "Der Hund schläft."
+    python generate.py --adapter runs/stage2/adapter --src de --tgt is < lines.txt
+    python generate.py --adapter runs/stage2/adapter --input pairs.jsonl --output translated.jsonl
+
+Also the module by which pivot.py and evaluate.py translate, and where device, precision and process group are
+decided for every script. B batch rows, T tokens, D hidden, V vocabulary.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+import model as backbone
+from crosslora import load_adapter
+from data import LANGUAGES, FORMATS, Tokenizer, UserError, file_sha256, read_json, read_jsonl, run_main, write_atomic
+
+DEFAULT_MODEL = "meta-llama/Meta-Llama-3-8B-Instruct"  # section 4.2; Qwen/Qwen2.5-7B-Instruct is the other
+
+
+class Ranks(NamedTuple):
+    """This process among those that torchrun started; (0, 1) under plain python."""
+
+    rank: int
+    world: int
+
+    def barrier(self):
+        if self.world > 1:
+            dist.barrier()
+
+
+def init_distributed():
+    """Join the process group that torchrun's environment describes, if any: NCCL on GPUs, gloo on CPUs."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world > 1:
+        cuda = torch.cuda.is_available()
+        if cuda:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if cuda else "gloo")
+    return Ranks(int(os.environ.get("RANK", "0")), world)
+
+
+def device_and_dtype(device):
+    """Where and how precisely the backbone computes: bf16 on a GPU, fp32 on a CPU. Adapter parameters, optimizer
+    and loss are fp32 everywhere. `device` is auto, cpu or cuda."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: no GPU is visible to torch")
+    if device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu"), torch.float32
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))), torch.bfloat16
+
+
+class Engine(NamedTuple):
+    model: backbone.CausalLM
+    adapter: torch.nn.Module | None
+    tokenizer: Tokenizer
+    languages: list
+    device: torch.device
+    dtype: torch.dtype
+    identity: dict  # fingerprint of the backbone, hash of the adapter: what a result depends on
+
+
+def load_engine(model, adapter, prompt_format="auto", device="auto"):
+    """Backbone, tokenizer and, if `adapter` is a folder, adapter. `model` defaults to what the adapter was made for;
+    so does the prompt format, and asking an adapter for another one raises UserError."""
+    if adapter is None and model is None:
+        raise UserError("--adapter or --model is needed: an adapter folder, or a backbone to run without adapter")
+    device, dtype = device_and_dtype(device)
+    if adapter is not None:
+        if not (Path(adapter) / "adapter.json").exists():
+            raise UserError(f"{adapter}: no adapter.json in it; --adapter takes the `adapter` folder that train.py writes")
+        made_for = read_json(Path(adapter) / "adapter.json")
+        model = model or made_for.get("backbone")
+        if prompt_format not in ("auto", made_for.get("prompt_format")):
+            raise UserError(f"--prompt-format {prompt_format}: {adapter} was trained with {made_for.get('prompt_format')}")
+        prompt_format = made_for.get("prompt_format")
+    folder = backbone.resolve(model)
+    tokenizer = Tokenizer(folder, backbone.Config.load(folder), prompt_format)
+    lm = backbone.load(folder, device, dtype)
+    identity = {"backbone": lm.fingerprint(), "adapter": None, "prompt_format": tokenizer.format}
+    if adapter is None:
+        return Engine(lm, None, tokenizer, list(LANGUAGES), device, dtype, identity)
+    lora, description = load_adapter(adapter, lm.cfg, lm.fingerprint(), tokenizer.sha256)
+    identity["adapter"] = file_sha256(Path(adapter) / "adapter.safetensors")
+    return Engine(lm, lora.to(device).eval(), tokenizer, description["languages"], device, dtype, identity)
+
+
+@torch.inference_mode()
+def translate_batch(engine, rows, max_new_tokens):
+    """Greedy translations of `rows` (dicts with src_lang, tgt_lang, src): [(text, "stop" | "length"), ...].
+
+    Prompts are padded on the right and every row keeps its own positions, so a row's result does not depend on its
+    company. Rows that end leave the batch. "length" marks an output cut off at `max_new_tokens`.
+    """
+    lm, tokenizer, device = engine.model, engine.tokenizer, engine.device
+    prompts = [tokenizer.prompt(r["src_lang"], r["tgt_lang"], r["src"]) for r in rows]
+    B, T = len(rows), max(map(len, prompts))
+    steps = min(max_new_tokens, lm.cfg.max_position_embeddings - T)
+    if steps < 1:
+        raise UserError(f"a sentence of {T} tokens leaves no room for a translation (the model takes {lm.cfg.max_position_embeddings}): {rows[0]['src'][:60]}...")
+    tokens = torch.zeros(B, T, dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)] = torch.tensor(prompt)
+    lora = None
+    if engine.adapter is not None:
+        lora = engine.adapter([r["src_lang"] for r in rows], [r["tgt_lang"] for r in rows], engine.dtype)
+    cache = backbone.KVCache(lm.cfg, B, T + steps, device, engine.dtype)
+    positions = torch.arange(T, device=device).expand(B, T)
+    hidden = lm(tokens.to(device), lora, positions, cache, slots=T)  # (B, T, D)
+    position = torch.tensor([len(p) for p in prompts], device=device)  # (B,) where each row's next token goes
+    last = hidden[torch.arange(B, device=device), position - 1]  # (B, D)
+    outputs, finish = [[] for _ in rows], ["length"] * B
+    alive = list(range(B))  # rows of `rows` still in the batch, in the batch's order
+    for step in range(steps):
+        token = lm.head(last).argmax(-1)  # (B, V) -> (B,)
+        for row, t in zip(alive, token.tolist()):
+            if finish[row] == "length":
+                if t in tokenizer.stop_ids:
+                    finish[row] = "stop"
+                else:
+                    outputs[row].append(t)
+        going = [i for i, row in enumerate(alive) if finish[row] == "length"]
+        if not going:
+            break
+        if len(going) <= 0.8 * len(alive):  # copying the cache pays once a fifth of the rows is done
+            keep = torch.tensor(going, device=device)
+            alive, token, position = [alive[i] for i in going], token[keep], position[keep]
+            cache.select(keep)
+            if lora is not None:
+                lora = [{name: update.select(keep) for name, update in layer.items()} for layer in lora]
+        last = lm(token[:, None], lora, position[:, None], cache, slots=T + step + 1)[:, 0]  # (B, 1, D) -> (B, D)
+        position = position + 1
+    return [(tokenizer.decode(ids), reason) for ids, reason in zip(outputs, finish)]
+
+
+def read_part(path):
+    """Finished rows of a part file as {id: row}, and its length up to the last whole line (a kill can cut the last)."""
+    whole = path.read_bytes().rpartition(b"\n")[0] if path.exists() else b""
+    return {row["id"]: row for row in map(json.loads, whole.splitlines())}, len(whole) + bool(whole)
+
+
+def translate_jsonl(engine, rows, out, batch_size, max_new_tokens, ranks, desc):
+    """Translate `rows` into the JSONL file `out` (each row plus "hyp" and "finish"), and return its rows.
+
+    Batches are cut from the rows sorted by length, longest first, and dealt to the ranks in turn. Finished batches
+    are appended to `out`.part-JOB-RANK, so a stopped run goes on where it was, on any number of ranks; `out` itself
+    appears when it is whole.
+    """
+    out = Path(out)
+    if not out.exists():
+        job = hashlib.sha256(json.dumps([rows, max_new_tokens, engine.identity]).encode()).hexdigest()[:8]
+        stem = f"{out.name}.part-{job}"  # another job's leftovers are not ours
+        done = {i: row for part in out.parent.glob(f"{stem}-*") for i, row in read_part(part)[0].items()}
+        ranks.barrier()  # nobody writes before everybody has read
+        order = sorted(range(len(rows)), key=lambda i: (-len(rows[i]["src"]), i))
+        batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+        mine = [b for b in batches[ranks.rank :: ranks.world] if not all(i in done for i in b)]
+        part = out.with_name(f"{stem}-{ranks.rank}")
+        with open(part, "ab") as file, tqdm(total=sum(map(len, mine)), desc=desc, unit="sent", disable=ranks.rank > 0 or None) as bar:
+            file.truncate(read_part(part)[1])
+            for batch in mine:
+                results = translate_batch(engine, [rows[i] for i in batch], max_new_tokens)
+                lines = [{"id": i, "hyp": hyp, "finish": finish} for i, (hyp, finish) in zip(batch, results)]
+                file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
+                file.flush()
+                bar.update(len(batch))
+        ranks.barrier()
+        if ranks.rank == 0:
+            parts = list(out.parent.glob(f"{stem}-*"))
+            done = {i: row for p in parts for i, row in read_part(p)[0].items()}
+            merged = [{**row, "hyp": done[i]["hyp"], "finish": done[i]["finish"]} for i, row in enumerate(rows)]
+            write_atomic(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in merged))
+            for p in parts:
+                p.unlink()
+    ranks.barrier()
+    return [json.loads(line) for line in out.read_text(encoding="utf-8").split("\n") if line]
+
+
+def add_engine_arguments(parser):
+    """Flags of every script that translates."""
+    parser.add_argument("--model", help="backbone: checkpoint folder or hub name; default: the one the adapter was made for")
+    parser.add_argument("--adapter", help="adapter folder that train.py wrote; without it the bare backbone translates")
+    parser.add_argument("--prompt-format", default="auto", choices=["auto", *FORMATS], help="auto: the adapter's, else the tokenizer's own chat format")
+    parser.add_argument("--batch-size", type=int, default=32, help="sentences decoded together; does not change results")
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="longer outputs are cut off and say so")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+
+
+def check_counts(args):
+    for flag in ("batch_size", "max_new_tokens"):
+        if getattr(args, flag) < 1:
+            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be at least 1")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("text", nargs="?", help="sentence to translate; without it and without --input, lines of stdin")
+    parser.add_argument("--src", help="source language code")
+    parser.add_argument("--tgt", help="target language code")
+    parser.add_argument("--input", help="JSONL file whose lines carry src_lang, tgt_lang and src")
+    parser.add_argument("--output", help="where --input's translations go: the same lines with hyp and finish")
+    add_engine_arguments(parser)
+    args = parser.parse_args()
+    check_counts(args)
+    if args.input is not None:
+        if args.output is None or args.text is not None or args.src or args.tgt:
+            raise UserError("--input goes with --output, and the file's lines name the languages: no text, --src or --tgt")
+        if Path(args.output).exists():
+            raise UserError(f"{args.output}: exists already; choose another --output or remove it")
+        rows = read_jsonl(args.input, need=("src",))
+    else:
+        for flag, code in (("--src", args.src), ("--tgt", args.tgt)):
+            if code not in LANGUAGES:
+                raise UserError(f"{flag} {code}: unknown language; known: {', '.join(LANGUAGES)}")
+        if args.src == args.tgt:
+            raise UserError(f"--src and --tgt are both {args.src}")
+        lines = [args.text] if args.text is not None else sys.stdin.read().removesuffix("\n").split("\n")
+        rows = [{"src_lang": args.src, "tgt_lang": args.tgt, "src": line} for line in lines]
+    ranks = init_distributed()
+    engine = load_engine(args.model, args.adapter, args.prompt_format, args.device)
+    for lang in sorted({r[side] for r in rows for side in ("src_lang", "tgt_lang")}):
+        if lang not in engine.languages:
+            raise UserError(f"{args.adapter}: no expert for {lang!r}; it has {', '.join(engine.languages)}")
+    if args.input is not None:
+        done = translate_jsonl(engine, rows, args.output, args.batch_size, args.max_new_tokens, ranks, "translating")
+    else:
+        full = [r for r in rows if r["src"].strip()]  # an empty line stays an empty line
+        results = []
+        for start in tqdm(range(0, len(full), args.batch_size), desc="translating", disable=len(full) <= args.batch_size or None):
+            results += translate_batch(engine, full[start : start + args.batch_size], args.max_new_tokens)
+        found = iter(results)
+        done = [{"finish": "stop", "hyp": ""} if not r["src"].strip() else dict(zip(("hyp", "finish"), next(found))) for r in rows]
+        print("\n".join(" ".join(row["hyp"].splitlines()) for row in done))
+    cut = sum(row["finish"] == "length" for row in done)
+    if cut and ranks.rank == 0:
+        print(f"{cut} of {len(done)} outputs were cut off at --max-new-tokens {args.max_new_tokens}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    run_main(main)

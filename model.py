@@ -1,0 +1,319 @@
+"""The frozen backbone: a Llama-3 / Qwen2.5 decoder that loads published checkpoints.
+
+Shapes: B batch, T tokens, S cache slots, D hidden, F feed-forward, V vocabulary, H query heads,
+G key/value heads, K head dimension. Parameter names are those of the published safetensors, so
+loading is a strict match by name and shape. RoPE rotates split halves, as the published weights expect.
+An adapter is passed in as an argument (`lora`); this file only knows that it adds to three projections.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from data import UserError, read_json, write_atomic
+
+FILES = ["config.json", "tokenizer.json", "*.safetensors", "model.safetensors.index.json"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What `config.json` of a Llama-3 or Qwen2.5 checkpoint says about shapes; field names as published."""
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: dict | None
+    tie_word_embeddings: bool
+    max_position_embeddings: int
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+
+    @classmethod
+    def load(cls, folder):
+        """Read `folder/config.json`. Raises UserError for an architecture this file does not compute."""
+        path = Path(folder) / "config.json"
+        raw = read_json(path)
+        rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        unsupported = {
+            "model_type": raw.get("model_type") not in ("llama", "qwen2"),
+            "hidden_act": raw.get("hidden_act", "silu") != "silu",
+            "attention_bias": raw.get("attention_bias", False),
+            "mlp_bias": raw.get("mlp_bias", False),
+            "use_sliding_window": raw.get("use_sliding_window", False),
+            "rope_scaling": kind not in ("default", "llama3"),
+        }
+        for key, bad in unsupported.items():
+            if bad:
+                raise UserError(f"{path}: {key} = {raw.get(key)!r} is not a Llama-3 or Qwen2.5 decoder that model.py computes")
+        try:
+            heads, eos = raw["num_attention_heads"], raw.get("eos_token_id")
+            return cls(
+                model_type=raw["model_type"],
+                vocab_size=raw["vocab_size"],
+                hidden_size=raw["hidden_size"],
+                intermediate_size=raw["intermediate_size"],
+                num_hidden_layers=raw["num_hidden_layers"],
+                num_attention_heads=heads,
+                num_key_value_heads=raw.get("num_key_value_heads") or heads,
+                head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
+                rms_norm_eps=raw["rms_norm_eps"],
+                rope_theta=float(raw.get("rope_theta") or rope.get("rope_theta") or 10000.0),
+                rope_scaling=dict(rope) if kind == "llama3" else None,
+                tie_word_embeddings=raw.get("tie_word_embeddings", False),
+                max_position_embeddings=raw["max_position_embeddings"],
+                bos_token_id=raw.get("bos_token_id"),
+                eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+            )
+        except KeyError as missing:
+            raise UserError(f"{path}: no {missing} in it; is this the config.json of a Llama or Qwen2 checkpoint?") from None
+
+
+def rope_inv_freq(cfg):
+    """Angular step of each rotated pair, (K/2,) fp32, with the Llama-3.1 stretch of long wavelengths."""
+    pairs = torch.arange(0, cfg.head_dim, 2, dtype=torch.float32, device="cpu")  # real even under torch.device("meta")
+    inv_freq = 1.0 / cfg.rope_theta ** (pairs / cfg.head_dim)
+    if cfg.rope_scaling is None:
+        return inv_freq
+    scaling = cfg.rope_scaling
+    factor, low, high = scaling["factor"], scaling["low_freq_factor"], scaling["high_freq_factor"]
+    turns = scaling["original_max_position_embeddings"] * inv_freq / (2 * math.pi)  # rotations over the old context
+    smooth = ((turns - low) / (high - low)).clamp(0, 1)  # 0: slow pair, stretched by `factor`; 1: fast pair, kept
+    return (1 - smooth) * inv_freq / factor + smooth * inv_freq
+
+
+def rotate(x, cos, sin):
+    """RoPE on split halves: x (B, heads, T, K), cos and sin (B, 1, T, K/2)."""
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(cfg.hidden_size))
+        self.eps = cfg.rms_norm_eps
+
+    def forward(self, x):
+        # The mean square overflows in half precision, so it is taken in fp32 and rounded before the weight.
+        x32 = x.float()
+        return self.weight * (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
+class KVCache:
+    """Keys and values of B rows. Slot s of a row holds its token at position s: a short prompt is padded on the
+    right, and the pads' slots are overwritten as the row grows, so no row ever sees a pad."""
+
+    def __init__(self, cfg, batch, slots, device, dtype):
+        shape = (batch, cfg.num_key_value_heads, slots, cfg.head_dim)
+        self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(cfg.num_hidden_layers)]
+        self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(cfg.num_hidden_layers)]
+
+    def update(self, layer, k, v, positions, slots):
+        """Write k, v (B, G, T, K) at `positions` (B, T); return the first `slots` slots of both, (B, G, slots, K)."""
+        rows = torch.arange(k.shape[0], device=k.device)[:, None]  # (B, 1)
+        self.k[layer][rows, :, positions] = k.transpose(1, 2)  # (B, G, T, K) -> (B, T, G, K)
+        self.v[layer][rows, :, positions] = v.transpose(1, 2)
+        return self.k[layer][:, :, :slots], self.v[layer][:, :, :slots]
+
+    def select(self, rows):
+        """Keep only `rows` (indices into B), so that finished sentences cost nothing."""
+        self.k = [k[rows] for k in self.k]
+        self.v = [v[rows] for v in self.v]
+
+
+class Attention(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        q_size, kv_size = cfg.num_attention_heads * cfg.head_dim, cfg.num_key_value_heads * cfg.head_dim
+        qkv_bias = cfg.model_type == "qwen2"
+        self.q_proj = nn.Linear(cfg.hidden_size, q_size, bias=qkv_bias)
+        self.k_proj = nn.Linear(cfg.hidden_size, kv_size, bias=qkv_bias)
+        self.v_proj = nn.Linear(cfg.hidden_size, kv_size, bias=qkv_bias)
+        self.o_proj = nn.Linear(q_size, cfg.hidden_size, bias=False)
+        self.head_dim = cfg.head_dim
+
+    def forward(self, x, cos, sin, store, mask):
+        heads = (*x.shape[:2], -1, self.head_dim)
+        q = self.q_proj(x).view(heads).transpose(1, 2)  # (B, T, H*K) -> (B, H, T, K)
+        k = self.k_proj(x).view(heads).transpose(1, 2)  # (B, T, G*K) -> (B, G, T, K)
+        v = self.v_proj(x).view(heads).transpose(1, 2)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if store is not None:
+            k, v = store(k, v)  # (B, G, S, K)
+        gqa = q.shape[1] != k.shape[1]
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=gqa)
+        return self.o_proj(y.transpose(1, 2).flatten(2))  # (B, H, T, K) -> (B, T, H*K) -> (B, T, D)
+
+
+class MLP(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.gate_proj = nn.Linear(cfg.hidden_size, cfg.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(cfg.hidden_size, cfg.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(cfg.intermediate_size, cfg.hidden_size, bias=False)
+
+    def forward(self, x, lora):
+        def project(name, x):
+            y = getattr(self, name)(x)  # W_0 x, the frozen part of eq. 1
+            return y if lora is None else y + lora[name](x)
+
+        return project("down_proj", F.silu(project("gate_proj", x)) * project("up_proj", x))
+
+
+class Layer(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.self_attn = Attention(cfg)
+        self.mlp = MLP(cfg)
+        self.input_layernorm = RMSNorm(cfg)
+        self.post_attention_layernorm = RMSNorm(cfg)
+
+    def forward(self, x, cos, sin, store, mask, lora):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, store, mask)
+        return x + self.mlp(self.post_attention_layernorm(x), lora)
+
+
+class Decoder(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
+        self.layers = nn.ModuleList(Layer(cfg) for _ in range(cfg.num_hidden_layers))
+        self.norm = RMSNorm(cfg)
+
+
+class CausalLM(nn.Module):
+    """The decoder with its head. `forward` gives hidden states and `head` turns them into logits, so that
+    training can apply the head (V columns) to target positions only."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        self.model = Decoder(cfg)
+        if not cfg.tie_word_embeddings:
+            self.lm_head = nn.Linear(cfg.hidden_size, cfg.vocab_size, bias=False)
+        self.register_buffer("inv_freq", rope_inv_freq(cfg), persistent=False)
+
+    def forward(self, tokens, lora=None, positions=None, cache=None, slots=None):
+        """Hidden states (B, T, D) of `tokens` (B, T).
+
+        lora: per layer a dict projection -> callable, x (B, T, D_in) to the update (B, T, D_out) of eq. 4
+        (see crosslora.CrossLoRA); None is the bare backbone.
+        positions: (B, T), default 0..T-1 in every row. Rows are padded on the right: under the causal mask no
+        token sees what comes after it.
+        cache, slots: with a KVCache, keys and values are stored at `positions` and the first `slots` slots
+        are attended to; slots must exceed the largest position.
+        """
+        B, T = tokens.shape
+        if positions is None:
+            positions = torch.arange(T, device=tokens.device).expand(B, T)
+        angles = positions[:, None, :, None].float() * self.inv_freq  # (B, 1, T, K/2)
+        x = self.model.embed_tokens(tokens)  # (B, T, D)
+        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        mask = store = None
+        if cache is not None:  # a slot is visible when its position is not later than the query's: (B, 1, T, S)
+            mask = torch.arange(slots, device=tokens.device) <= positions[:, None, :, None]
+        for i, layer in enumerate(self.model.layers):
+            if cache is not None:
+                store = lambda k, v, i=i: cache.update(i, k, v, positions, slots)
+            x = layer(x, cos, sin, store, mask, None if lora is None else lora[i])
+        return self.model.norm(x)
+
+    def head(self, hidden):
+        """Logits (..., V) of hidden states (..., D)."""
+        head = self.model.embed_tokens if self.cfg.tie_word_embeddings else self.lm_head
+        return F.linear(hidden, head.weight)
+
+    def fingerprint(self):
+        """16 hex digits that tell backbones apart: configuration and a sample of the embedding, the same in
+        fp32 and bf16. An adapter carries it, so that it is never put on another backbone silently."""
+        sample = self.model.embed_tokens.weight[:: max(1, self.cfg.vocab_size // 64)].detach()
+        digest = hashlib.sha256(json.dumps(dataclasses.asdict(self.cfg), sort_keys=True).encode())
+        digest.update(sample.to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+def resolve(name, revision=None):
+    """Folder of a checkpoint: `name` itself if it is one, else the hub repository of that name, downloaded."""
+    if Path(name).is_dir():
+        return Path(name)
+    if Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise UserError(f"{name}: no such folder; --model takes a checkpoint folder or a hub name such as Qwen/Qwen2.5-7B-Instruct")
+    from huggingface_hub import snapshot_download  # slow to import, and a local folder needs none of it
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=FILES))
+    except Exception as error:  # many libraries' errors (HTTP, gated, offline), one meaning for the user
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{name}: no such folder, and the hub did not give it ({reason}); check the name, the licence "
+                        "on its page and `hf auth login`, or pass a local folder") from None
+
+
+def build(cfg):
+    """A CausalLM on the meta device: names and shapes, no memory."""
+    with torch.device("meta"):
+        return CausalLM(cfg)
+
+
+def load(folder, device="cpu", dtype=torch.float32):
+    """The frozen backbone of a published checkpoint folder, in `dtype` on `device`.
+
+    Tensors are read one at a time (peak memory: the model plus one tensor). Raises UserError that names every
+    missing, extra or misshapen tensor.
+    """
+    folder = Path(folder)
+    model = build(Config.load(folder))
+    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        files = [folder / f for f in sorted(set(read_json(index)["weight_map"].values()))]
+    else:
+        files = [folder / "model.safetensors"]
+    tensors, wrong = {}, []
+    for file in files:
+        if not file.exists():
+            raise UserError(f"{file}: no such file; the checkpoint is incomplete")
+        try:
+            with safe_open(file, framework="pt", device=str(device)) as shard:
+                for name in shard.keys():
+                    shape = tuple(shard.get_slice(name).get_shape())
+                    if name not in expected:
+                        wrong.append(f"{name} is not in this architecture")
+                    elif shape != expected[name]:
+                        wrong.append(f"{name} is {shape}, config.json says {expected[name]}")
+                    else:
+                        tensors[name] = shard.get_tensor(name).to(dtype)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{file}: not a readable safetensors file ({error}); download it again") from None
+    wrong += [f"{name} is missing" for name in expected if name not in tensors and not any(w.startswith(name + " ") for w in wrong)]
+    if wrong:
+        raise UserError(f"{folder}: {len(wrong)} tensors do not fit: " + "; ".join(wrong[:8]) + ("; ..." if len(wrong) > 8 else ""))
+    model.load_state_dict(tensors, assign=True)
+    model.inv_freq = model.inv_freq.to(device)
+    return model.requires_grad_(False).eval()
+
+
+def save(model, config, folder):
+    """Write a checkpoint as published ones are: `config` (dict) as config.json, weights as model.safetensors."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / "model.safetensors.tmp"
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, temporary, metadata={"format": "pt"})
+    os.replace(temporary, folder / "model.safetensors")
+    write_atomic(folder / "config.json", json.dumps(config, indent=2) + "\n")

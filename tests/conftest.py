@@ -1,0 +1,120 @@
+"""Shared fixtures: a small random backbone with a real tokenizer, made by the same code as the embedded default."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "examples/tiny")]
+
+import random  # noqa: E402
+
+import model as backbone  # noqa: E402
+from crosslora import CrossLoRA, save_adapter  # noqa: E402
+from data import LANGUAGES, Tokenizer  # noqa: E402
+from generate import load_engine  # noqa: E402
+from pretrain import config_of, random_model, train_tokenizer  # noqa: E402
+from world import meanings, sentence  # noqa: E402
+
+torch.set_num_threads(1)  # sums in one order, and no quarrel with the subprocesses
+SHARED = ROOT.parent / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared():
+    """The folder with real tokenizers and text, where there is one."""
+    if not (SHARED / "tokenizers").is_dir():
+        pytest.skip("no ../shared with real tokenizers and text beside this checkout")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def sentences():
+    """Rows of mixed directions and lengths, toy sentences."""
+    stream, rng, rows = meanings(random.Random(3)), random.Random(4), []
+    for _ in range(64):
+        meaning, (src_lang, tgt_lang) = next(stream), rng.sample(list(LANGUAGES), 2)
+        rows.append({"src_lang": src_lang, "tgt_lang": tgt_lang, "src": sentence(meaning, src_lang), "tgt": sentence(meaning, tgt_lang)})
+    return rows
+
+
+def make_checkpoint(folder, seed=0, **changes):
+    """A random checkpoint folder; the wide initialisation makes logits differ enough for greedy decoding to wander."""
+    stream = meanings(random.Random(0))
+    tokenizer = train_tokenizer([sentence(next(stream), lang) for _ in range(300) for lang in LANGUAGES], 700)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {**config_of(tokenizer, 32, 2), "initializer_range": 0.3, **changes}
+    torch.manual_seed(seed)
+    backbone.save(random_model(config, folder), config, folder)
+    return folder
+
+
+def randomise(adapter, seed=1):
+    """Give every B a value, so that experts differ."""
+    torch.manual_seed(seed)
+    for name, parameter in adapter.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return adapter
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    return make_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture
+def lm(checkpoint):
+    return backbone.load(checkpoint)
+
+
+@pytest.fixture
+def tokenizer(checkpoint, lm):
+    return Tokenizer(checkpoint, lm.cfg)
+
+
+@pytest.fixture(scope="session")
+def adapter_folder(checkpoint, tmp_path_factory):
+    """A saved adapter whose experts all differ."""
+    lm = backbone.load(checkpoint)
+    tokenizer = Tokenizer(checkpoint, lm.cfg)
+    adapter = randomise(CrossLoRA(lm.cfg, list(LANGUAGES), rank=4, alpha=8, dropout=0.1))
+    folder = tmp_path_factory.mktemp("adapter")
+    save_adapter(adapter, adapter.describe(checkpoint, lm.fingerprint(), tokenizer.format, tokenizer.sha256, 0, 1), folder)
+    return folder
+
+
+@pytest.fixture
+def engine(adapter_folder):
+    return load_engine(None, adapter_folder, device="cpu")
+
+
+def run(*command, check=True, **kwargs):
+    """A shipped command as a user types it, from the project's root, on one thread."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
+    done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=600, **kwargs)
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+
+
+def refuses(*command, says):
+    """The command ends with exit status 2 and one line on stderr that contains each of `says`."""
+    done = run(*command, check=False)
+    assert done.returncode == 2, (done.returncode, done.stdout, done.stderr)
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1 and "Traceback" not in done.stderr, done.stderr
+    for part in says if isinstance(says, (list, tuple)) else [says]:
+        assert str(part) in lines[0], lines[0]
+
+
+def read_rows(path):
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").split("\n") if line]

@@ -1,0 +1,148 @@
+"""Decoding (invariants 9 and 11) and the resumable translation of files."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from conftest import ROOT, TORCHRUN, make_checkpoint, read_rows, refuses, run
+from data import UserError, write_jsonl
+from generate import Ranks, load_engine, translate_batch, translate_jsonl
+
+
+def naive(engine, row, max_new_tokens):
+    """One sentence, no batch, no cache, no padding: the whole prefix again for every token."""
+    ids = engine.tokenizer.prompt(row["src_lang"], row["tgt_lang"], row["src"])
+    out = []
+    with torch.no_grad():
+        while len(out) < max_new_tokens:
+            lora = engine.adapter([row["src_lang"]], [row["tgt_lang"]])
+            token = int(engine.model.head(engine.model(torch.tensor([ids + out]), lora))[0, -1].argmax())
+            if token in engine.tokenizer.stop_ids:
+                return engine.tokenizer.decode(out), "stop"
+            out.append(token)
+    return engine.tokenizer.decode(out), "length"
+
+
+def eager_to_stop(engine):
+    """Random weights hardly ever say stop; lengthening that token's row makes some sentences end early."""
+    engine.model.model.embed_tokens.weight[engine.tokenizer.stop_ids[0]] *= 3.0
+    return engine
+
+
+def test_mixed_batch_equals_one_sentence_at_a_time_without_cache(engine, sentences):
+    eager_to_stop(engine)
+    rows = sentences[:24]
+    expected = [naive(engine, row, 20) for row in rows]
+    assert {finish for _, finish in expected} == {"stop", "length"}  # rows leave the batch at different steps
+    assert len({text for text, _ in expected}) > 12
+    assert translate_batch(engine, rows, 20) == expected
+    assert [translate_batch(engine, [row], 20)[0] for row in rows] == expected
+
+
+def test_max_new_tokens_is_exact_and_says_so(engine, sentences):
+    rows = [row for row in sentences[:16] if naive(engine, row, 3)[1] == "length"]
+    for text, finish in translate_batch(engine, rows, 3):
+        assert finish == "length"
+    whole = [naive(engine, row, 3) for row in rows]
+    assert translate_batch(engine, rows, 3) == whole
+
+
+def test_a_prompt_beyond_the_models_positions_is_refused(engine, sentences):
+    engine.model.cfg.__dict__["max_position_embeddings"] = 20
+    with pytest.raises(UserError, match="leaves no room"):
+        translate_batch(engine, sentences[:2], 4)
+
+
+def test_resumed_file_equals_an_unbroken_one(engine, sentences, tmp_path):
+    rows = sentences[:30]
+    straight = translate_jsonl(engine, rows, tmp_path / "straight.jsonl", 4, 8, Ranks(0, 1), "")
+    assert [{k: r[k] for k in rows[0]} for r in straight] == rows  # input order, unknown keys kept
+    assert [(r["hyp"], r["finish"]) for r in straight] == [translate_batch(engine, [r], 8)[0] for r in rows]
+
+    class Killed(Exception):
+        pass
+
+    class Dying:
+        """An engine's tokenizer that dies in the middle of the third batch."""
+        def __init__(self, tokenizer):
+            self.tokenizer, self.calls = tokenizer, 0
+        def __getattr__(self, name):
+            return getattr(self.tokenizer, name)
+        def prompt(self, *args):
+            self.calls += 1
+            if self.calls > 10:
+                raise Killed
+            return self.tokenizer.prompt(*args)
+
+    out = tmp_path / "stopped.jsonl"
+    with pytest.raises(Killed):
+        translate_jsonl(engine._replace(tokenizer=Dying(engine.tokenizer)), rows, out, 4, 8, Ranks(0, 1), "")
+    part, = tmp_path.glob("stopped.jsonl.part-*")
+    assert len(read_rows(part)) == 8 and not out.exists()
+    part.write_bytes(part.read_bytes()[:-9])  # the kill cut the last line
+    translate_jsonl(engine, rows, out, 4, 8, Ranks(0, 1), "")
+    assert out.read_bytes() == (tmp_path / "straight.jsonl").read_bytes()
+    assert not list(tmp_path.glob("*.part-*"))
+
+
+def test_commands(adapter_folder, sentences, tmp_path):
+    base = (ROOT / "generate.py", "--adapter", adapter_folder, "--max-new-tokens", 6)
+    one = run(*base, "--src", "de", "--tgt", "is", "Der Hund.").stdout
+    lines = run(*base, "--src", "de", "--tgt", "is", input="Der Hund.\n\nDie Katze.\n").stdout
+    assert lines.split("\n")[0] + "\n" == one and lines.split("\n")[1] == "" and lines.count("\n") == 3
+    write_jsonl(tmp_path / "in.jsonl", sentences[:20])
+    files = ("--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl", "--batch-size", 3)
+    run(*base, *files)
+    single = (tmp_path / "out.jsonl").read_bytes()
+    (tmp_path / "out.jsonl").unlink()
+    assert "cut off" in run(*TORCHRUN, *base, *files).stderr
+    assert (tmp_path / "out.jsonl").read_bytes() == single  # two processes write the same file
+    refuses(*base, *files, says="exists already")
+    (tmp_path / "out.jsonl").unlink()
+    backbone = json.loads((adapter_folder / "adapter.json").read_text())["backbone"]
+    run(ROOT / "generate.py", "--model", backbone, "--max-new-tokens", 6, *files)
+    assert (tmp_path / "out.jsonl").read_bytes() != single  # without --adapter the bare backbone translates
+
+
+def test_kill_and_resume_command(adapter_folder, sentences, tmp_path):
+    write_jsonl(tmp_path / "in.jsonl", [{**s, "n": i} for i, s in enumerate(sentences * 6)])
+    command = lambda out: (ROOT / "generate.py", "--adapter", adapter_folder, "--max-new-tokens", 40, "--batch-size", 2,
+                           "--input", tmp_path / "in.jsonl", "--output", tmp_path / out)
+    run(*command("straight.jsonl"))
+    process = subprocess.Popen([sys.executable, *map(str, command("killed.jsonl"))], cwd=ROOT, stderr=subprocess.DEVNULL,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+    deadline = time.time() + 60
+    while process.poll() is None and time.time() < deadline:
+        if any(p.stat().st_size > 2000 for p in tmp_path.glob("killed.jsonl.part-*")):
+            break
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL and not (tmp_path / "killed.jsonl").exists()
+    run(*command("killed.jsonl"))
+    assert (tmp_path / "killed.jsonl").read_bytes() == (tmp_path / "straight.jsonl").read_bytes()
+
+
+def test_bad_input(adapter_folder, tmp_path):
+    base = (ROOT / "generate.py", "--adapter", adapter_folder)
+    refuses(*base, "--src", "de", "--tgt", "xx", "Hund", says=["--tgt xx", "known: en, de"])
+    refuses(*base, "--src", "de", "--tgt", "de", "Hund", says="both de")
+    refuses(ROOT / "generate.py", "--src", "de", "--tgt", "is", "Hund", says="--adapter or --model is needed")
+    refuses(ROOT / "generate.py", "--adapter", tmp_path, "--src", "de", "--tgt", "is", "Hund", says="no adapter.json")
+    refuses(*base, "--input", tmp_path / "none.jsonl", "--output", tmp_path / "o", says="none.jsonl")
+    (tmp_path / "cut.jsonl").write_text('{"src_lang": "de", "tgt_lang": "is", "src": "a"}\n{"src_l')
+    refuses(*base, "--input", tmp_path / "cut.jsonl", "--output", tmp_path / "o", says="cut.jsonl:2")
+    refuses(*base, "--batch-size", 0, "--src", "de", "--tgt", "is", "Hund", says="--batch-size 0")
+    other = make_checkpoint(tmp_path / "other", seed=5)
+    refuses(*base, "--model", other, "--src", "de", "--tgt", "is", "Hund", says="made for another backbone")
+    refuses(*base, "--prompt-format", "plain", "--src", "de", "--tgt", "is", "Hund", says="was trained with llama3")
+
+
+def test_engine_defaults_to_the_adapters_backbone(adapter_folder):
+    engine = load_engine(None, adapter_folder, device="cpu")
+    assert engine.tokenizer.format == "llama3" and engine.identity["adapter"]

@@ -1,0 +1,138 @@
+"""The backbone against `transformers` on checkpoints that transformers itself saved, and its loader."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+import model as backbone
+from data import UserError
+
+SIZES = dict(vocab_size=300, hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4,
+             max_position_embeddings=512, bos_token_id=1, eos_token_id=2, initializer_range=0.1, attn_implementation="eager")
+LLAMA31 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64)
+FORMS = {
+    "llama-3": LlamaConfig(**SIZES, num_key_value_heads=2, rope_theta=500000.0, rms_norm_eps=1e-5),
+    "llama-3.1": LlamaConfig(**SIZES, num_key_value_heads=2, rope_theta=500000.0, rope_scaling=LLAMA31),
+    "llama-3.2": LlamaConfig(**SIZES, num_key_value_heads=2, rope_theta=500000.0, rope_scaling=LLAMA31, tie_word_embeddings=True, head_dim=32),
+    "llama-2": LlamaConfig(**SIZES, num_key_value_heads=4, rope_theta=10000.0),
+    "qwen2.5": Qwen2Config(**SIZES, num_key_value_heads=2, rope_theta=1000000.0, tie_word_embeddings=False),
+    "qwen2.5-tied": Qwen2Config(**SIZES, num_key_value_heads=2, rope_theta=1000000.0, tie_word_embeddings=True),
+}
+
+
+def peer(name, folder, **save):
+    torch.manual_seed(0)
+    config = FORMS[name]
+    model = (Qwen2ForCausalLM if config.model_type == "qwen2" else LlamaForCausalLM)(config).eval()
+    for parameter_name, parameter in model.named_parameters():  # biases and norms start at 0 and 1: make them count
+        if parameter.dim() == 1:
+            torch.nn.init.normal_(parameter, mean=float("norm" in parameter_name), std=0.2)
+    model.save_pretrained(folder, **save)
+    return model
+
+
+@pytest.mark.parametrize("shards", [{}, {"max_shard_size": "100KB"}], ids=["single", "sharded"])
+@pytest.mark.parametrize("name", FORMS)
+def test_logits_equal_transformers(name, shards, tmp_path):
+    theirs, ours = peer(name, tmp_path, **shards), backbone.load(tmp_path)
+    assert (tmp_path / "model.safetensors.index.json").exists() == bool(shards)
+    torch.manual_seed(1)
+    tokens = torch.randint(0, 300, (3, 150))
+    with torch.no_grad():
+        assert (ours.head(ours(tokens)) - theirs(tokens).logits).abs().max() <= 1e-4
+        # Rows of unequal length, padded on the right, against each row alone.
+        for row, length in enumerate((150, 90, 7)):
+            alone = theirs(tokens[row : row + 1, :length]).logits[0]
+            padded = tokens.clone()
+            padded[row, length:] = 0
+            assert (ours.head(ours(padded))[row, :length] - alone).abs().max() <= 1e-4
+
+
+def test_cache_equals_whole_pass(tmp_path):
+    peer("llama-3.1", tmp_path)
+    lm = backbone.load(tmp_path)
+    torch.manual_seed(1)
+    tokens, lengths = torch.randint(0, 300, (3, 40)), torch.tensor([20, 11, 3])
+    with torch.no_grad():
+        whole = lm(tokens)
+        cache = backbone.KVCache(lm.cfg, 3, 40, "cpu", torch.float32)
+        prompt = tokens[:, :20].clone()
+        for row, length in enumerate(lengths):
+            prompt[row, length:] = 7  # garbage where short prompts are padded
+        hidden = lm(prompt, None, torch.arange(20).expand(3, 20), cache, slots=20)
+        for row, length in enumerate(lengths):
+            assert torch.allclose(hidden[row, :length], whole[row, :length], atol=1e-5)
+        for step in range(20):
+            at = lengths + step
+            hidden = lm(tokens[torch.arange(3), at][:, None], None, at[:, None], cache, slots=20 + step + 1)
+            assert torch.allclose(hidden[:, 0], whole[torch.arange(3), at], atol=1e-5)
+
+
+def test_meta_construction_takes_no_memory_and_keeps_rope_real(checkpoint):
+    lm = backbone.build(backbone.Config.load(checkpoint))
+    assert all(p.is_meta for p in lm.parameters()) and not lm.inv_freq.is_meta
+
+
+@pytest.mark.parametrize("form", ["llama3", "llama2", "qwen2.5-3b", "llama3.2-3b"])
+def test_names_of_published_checkpoints(form, shared):
+    folder = shared / "tokenizers" / form
+    published = set(json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"])
+    assert {name for name, _ in backbone.build(backbone.Config.load(folder)).named_parameters()} == published
+
+
+def broken(tmp_path, checkpoint, change):
+    folder = tmp_path / "broken"
+    shutil.copytree(checkpoint, folder)
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("change, says", [
+    (lambda t: t.pop("model.layers.1.mlp.up_proj.weight"), "model.layers.1.mlp.up_proj.weight is missing"),
+    (lambda t: t.update(surplus=torch.ones(1)), "surplus is not in this architecture"),
+    (lambda t: t.update({"model.norm.weight": torch.ones(5)}), "model.norm.weight is (5,), config.json says (32,)"),
+])
+def test_loading_is_strict(change, says, checkpoint, tmp_path):
+    folder = broken(tmp_path, checkpoint, change)
+    with pytest.raises(UserError) as error:
+        backbone.load(folder)
+    assert says in str(error.value)
+
+
+def test_cut_off_file(checkpoint, tmp_path):
+    folder = tmp_path / "cut"
+    shutil.copytree(checkpoint, folder)
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="not a readable safetensors file"):
+        backbone.load(folder)
+
+
+@pytest.mark.parametrize("key, value", [("model_type", "gpt2"), ("hidden_act", "gelu"), ("mlp_bias", True),
+                                        ("rope_scaling", {"rope_type": "yarn", "factor": 4.0})])
+def test_architectures_we_do_not_compute_are_refused(key, value, checkpoint, tmp_path):
+    config = json.loads((checkpoint / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, key: value}))
+    with pytest.raises(UserError, match=key):
+        backbone.Config.load(tmp_path)
+
+
+def test_fingerprint_tells_weights_apart_but_not_precisions(checkpoint, tmp_path):
+    lm = backbone.load(checkpoint)
+    assert lm.fingerprint() == backbone.load(checkpoint, dtype=torch.bfloat16).fingerprint()
+    other = broken(tmp_path, checkpoint, lambda t: t["model.embed_tokens.weight"].add_(0.5))
+    assert lm.fingerprint() != backbone.load(other).fingerprint()
+
+
+def test_unknown_folder_and_unreachable_hub(monkeypatch):
+    with pytest.raises(UserError, match="no such folder"):
+        backbone.resolve("./nowhere")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UserError, match="hub did not give it"):
+        backbone.resolve("nobody/nothing-at-all")

@@ -1,0 +1,155 @@
+"""Filters and rounds of the pivot, scores of the evaluation, and their commands."""
+
+import itertools
+import json
+from collections import Counter
+
+import pytest
+import sacrebleu
+
+from conftest import ROOT, TORCHRUN, read_rows, refuses, run
+from data import LANGUAGES, all_directions, read_flores, write_jsonl
+from evaluate import averages, choose, score
+from pivot import length_ratio, rejected
+
+
+def always(lang):
+    return lambda text: lang
+
+
+@pytest.mark.parametrize("hyp, finish, seen_as, why", [
+    ("Der Hund sieht den roten Stuhl.", "stop", "de", None),
+    ("  ", "stop", "de", "empty"),
+    ("Der Hund sieht den roten Stuhl.", "length", "de", "cut_off"),
+    ("Hundurinn sér rauða stólinn.", "stop", "is", "off_target"),
+    ("Hund.", "stop", "de", "length_ratio"),
+])
+def test_filter_rules(hyp, finish, seen_as, why):
+    assert rejected({"hyp": hyp, "finish": finish}, "de", "The dog sees the red chair.", always(seen_as), 3.0) == why
+
+
+def test_length_ratio_counts_letters():
+    assert length_ratio("abc", "abcdef") == length_ratio("abcdef", "abc") == 2
+    assert length_ratio("那只狗", "собака..!") == 1
+    assert length_ratio("", "abc") == 3
+
+
+def test_length_bound_keeps_real_translations(shared):
+    """The default bound of 2.5 against human translations in all 30 directions."""
+    rows = read_flores(shared / "data", list(LANGUAGES), "devtest")
+    ratios = sorted(length_ratio(a, b) for row in rows for a, b in itertools.combinations(row, 2))
+    assert sum(r > 2.5 for r in ratios) / len(ratios) < 0.001
+    assert ratios[int(0.999 * len(ratios))] < 2.2  # as the docstring says
+
+
+@pytest.fixture
+def source(sentences, tmp_path):
+    """data.py's folder: 9 sentences of each language for the pivot, Icelandic only 3."""
+    rows = []
+    for lang in list(LANGUAGES)[1:]:
+        texts = [s["src"] for s in sentences if s["src_lang"] == lang]
+        rows += [{"src_lang": lang, "tgt_lang": "en", "src": t, "tgt": "x", "origin": "opus-100"} for t in texts[: 3 if lang == "is" else 9]]
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write_jsonl(folder / "pivot.source.jsonl", rows)
+    return folder
+
+
+def test_pivot_command(adapter_folder, source, tmp_path):
+    """A random adapter's output is mostly rejected: every pair must be accounted for, whatever happens to it."""
+    command = lambda out: (ROOT / "pivot.py", "--adapter", adapter_folder, "--data", source, "--out", tmp_path / out, "--pairs", 4,
+                           "--max-new-tokens", 12, "--batch-size", 4, "--max-ratio", 50, "--dev-share", 0.5)
+    run(*command("one"))
+    report = json.loads((tmp_path / "one/report.json").read_text())
+    assert len(report) == 20 and not [d for d in report if "en" in d.split("-")]
+    train, dev = read_rows(tmp_path / "one/pseudo.train.jsonl"), read_rows(tmp_path / "one/pseudo.dev.jsonl")
+    pool = {(r["src_lang"], r["src"]) for r in read_rows(source / "pivot.source.jsonl")}
+    kept = Counter((r["src_lang"], r["tgt_lang"]) for r in train + dev)
+    for direction, counts in report.items():
+        dropped = sum(v for k, v in counts.items() if k not in ("generated", "kept", "ended"))
+        assert counts["generated"] == counts["kept"] + dropped, (direction, counts)
+        assert kept[tuple(direction.split("-"))] == counts["kept"] <= 4
+        if direction.startswith("is"):
+            assert counts["ended"] == "source ran out after 3 sentences" and counts["generated"] == 3
+        elif counts["kept"] < 4:
+            assert counts["ended"].startswith("source ran out")
+    for row in train + dev:
+        assert (row["src_lang"], row["src"]) in pool and row["origin"] == "pseudo" and row["pivot"]
+    assert "made already" in run(*command("one")).stdout
+    run(*TORCHRUN, *command("two"))
+    for name in ("pseudo.train.jsonl", "pseudo.dev.jsonl", "report.md"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
+    (tmp_path / "two/report.json").unlink()  # as if killed before the end
+    (tmp_path / "two/rounds/1.targets.jsonl").unlink()
+    run(*command("two"))
+    assert (tmp_path / "one/pseudo.train.jsonl").read_bytes() == (tmp_path / "two/pseudo.train.jsonl").read_bytes()
+    refuses(*command("one"), "--seed", 3, says="seed was 0, now 3")
+
+
+def test_pivot_bad_input(adapter_folder, source, tmp_path):
+    base = (ROOT / "pivot.py", "--adapter", adapter_folder, "--out", tmp_path / "o")
+    refuses(*base, "--data", tmp_path, says="pivot.source.jsonl")
+    refuses(*base, "--data", source, "--pairs", 0, says="--pairs")
+    (source / "pivot.source.jsonl").write_text("")
+    refuses(*base, "--data", source, says="no sentences in it")
+    assert not (tmp_path / "o").exists()
+
+
+REFS = {"de": ["Der Hund sieht den roten Stuhl.", "Die Katze kauft das alte Haus."], "zh": ["那只狗看见那把红色的椅子。", "那只猫买那座房子。"]}
+HYPS = {"de": ["Der Hund sieht den grünen Stuhl.", ""], "zh": ["那只狗看见那把绿色的椅子。", "那只猫卖那座房子。"]}
+
+
+@pytest.mark.parametrize("lang, tokenize", [("de", "13a"), ("zh", "zh")])
+def test_bleu_is_sacrebleus(lang, tokenize):
+    rows = [{"tgt": r, "hyp": h, "finish": "stop"} for r, h in zip(REFS[lang], HYPS[lang])]
+    got = score(rows, lang, always(lang))
+    assert got["bleu"] == sacrebleu.corpus_bleu(HYPS[lang], [REFS[lang]], tokenize=tokenize).score
+    assert f"tok:{tokenize}" in got["signature"] and f"version:{sacrebleu.__version__}" in got["signature"]
+
+
+def test_rates():
+    rows = [{"tgt": "a", "hyp": "b", "finish": "length"}, {"tgt": "a", "hyp": "", "finish": "stop"}, {"tgt": "a", "hyp": "c"}, {"tgt": "d", "hyp": "d"}]
+    got = score(rows, "de", lambda text: {"b": "is", "c": "de", "a": "de", "d": "cs"}[text])
+    assert (got["off_target"], got["off_target_ref"], got["cut_off"], got["empty"]) == (75, 25, 25, 25)
+
+
+def test_averages_are_over_directions():
+    directions = {f"{s}-{t}": dict(bleu=float(i), off_target=0, off_target_ref=0, cut_off=0, empty=0) for i, (s, t) in enumerate(all_directions(list(LANGUAGES)))}
+    means = averages(directions)
+    assert means["english"]["bleu"] == sum(range(10)) / 10
+    assert means["non_english"]["bleu"] == sum(range(10, 30)) / 20
+    assert means["average"]["bleu"] == sum(range(30)) / 30
+    assert list(choose([{"src_lang": "de", "tgt_lang": "zh"}], "f", "de-zh")) == [("de", "zh")]
+
+
+def test_evaluate_command(adapter_folder, sentences, tmp_path):
+    rows = [{**s, "src_lang": a, "tgt_lang": b} for s in sentences[:2] for a, b in all_directions(list(LANGUAGES))]
+    write_jsonl(tmp_path / "test.jsonl", rows)
+    command = (ROOT / "evaluate.py", "--all-directions", "--adapter", adapter_folder, "--test", tmp_path / "test.jsonl",
+               "--out", tmp_path / "scores", "--max-new-tokens", 5)
+    out = run(*TORCHRUN, *command).stdout
+    scores = json.loads((tmp_path / "scores/scores.json").read_text())
+    assert len(scores["directions"]) == 30 and set(scores["averages"]) == {"english", "non_english", "average"}
+    assert (tmp_path / "scores/table.md").read_text() in out and "tok:zh" in out
+    # Anybody's hypotheses: ours scored again give the same, perfect ones give 100.
+    hyps = read_rows(tmp_path / "scores/hypotheses.jsonl")
+    run(ROOT / "evaluate.py", "--all-directions", "--hypotheses", tmp_path / "scores/hypotheses.jsonl", "--out", tmp_path / "again")
+    assert json.loads((tmp_path / "again/scores.json").read_text())["directions"] == scores["directions"]
+    write_jsonl(tmp_path / "perfect.jsonl", [{**r, "hyp": r["tgt"]} for r in hyps])
+    run(ROOT / "evaluate.py", "--directions", "en-de,de-zh", "--hypotheses", tmp_path / "perfect.jsonl", "--out", tmp_path / "perfect")
+    perfect = json.loads((tmp_path / "perfect/scores.json").read_text())
+    assert [round(s["bleu"]) for s in perfect["directions"].values()] == [100, 100]
+    table = run(ROOT / "evaluate.py", "--table", tmp_path / "scores", tmp_path / "perfect").stdout.splitlines()
+    assert table[0].startswith("| system | BLEU English-centric") and table[3].startswith("| perfect | 100.00 | 100.00 | 100.00 |")
+
+
+def test_evaluate_bad_input(adapter_folder, sentences, tmp_path):
+    write_jsonl(tmp_path / "test.jsonl", [{**sentences[0], "src_lang": "de", "tgt_lang": "zh"}])
+    base = (ROOT / "evaluate.py", "--adapter", adapter_folder, "--test", tmp_path / "test.jsonl", "--out", tmp_path / "o")
+    refuses(*base, "--all-directions", says="no pairs for zh-de")
+    refuses(*base, "--directions", "de-xx", says="'de-xx' is not a pair of known languages")
+    refuses(*base, says="either --all-directions or --directions")
+    refuses(ROOT / "evaluate.py", "--table", tmp_path, says="scores.json")
+    write_jsonl(tmp_path / "nohyp.jsonl", [{**sentences[0], "src_lang": "de", "tgt_lang": "zh"}])
+    refuses(ROOT / "evaluate.py", "--directions", "de-zh", "--hypotheses", tmp_path / "nohyp.jsonl", "--out", tmp_path / "o", says="'hyp'")
+    assert not (tmp_path / "o").exists()

@@ -1,0 +1,251 @@
+"""Invariants 4 to 8: the loss, its one denominator, processes, resumption."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+import model as backbone
+from conftest import ROOT, TORCHRUN, randomise, read_rows, refuses, run
+from crosslora import CrossLoRA
+from data import LANGUAGES, Tokenizer, encode, write_jsonl
+from generate import Ranks
+from train import backward, denominator, evaluate_dev, forward_sums, lr_factor, rdrop_sums
+
+
+def test_rdrop_equals_the_equations_written_out():
+    torch.manual_seed(0)
+    logits = [torch.randn(5, 11, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    labels = torch.tensor([3, 0, 10, 7, 7])
+    total = torch.zeros((), dtype=torch.float64)
+    nll_naive, kl_naive = total.clone(), total.clone()
+    for token in range(5):
+        p1, p2 = (torch.exp(l[token]) / torch.exp(l[token]).sum() for l in logits)
+        nll_naive = nll_naive - (torch.log(p1[labels[token]]) + torch.log(p2[labels[token]])) / 2  # eq. 8, times M
+        for v in range(11):  # eq. 7, times M
+            kl_naive = kl_naive + (p1[v] * torch.log(p1[v] / p2[v]) + p2[v] * torch.log(p2[v] / p1[v])) / 2
+    nll, kl = rdrop_sums(*logits, labels)
+    assert torch.allclose(nll.double(), nll_naive, rtol=1e-5) and torch.allclose(kl.double(), kl_naive, rtol=1e-5)
+    for alpha in (0.1, 5.0):
+        naive = torch.autograd.grad(nll_naive + alpha * kl_naive, logits, retain_graph=True)  # eq. 9
+        ours = torch.autograd.grad(nll + alpha * kl, logits, retain_graph=True)
+        for a, b in zip(ours, naive):
+            assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def settings(**changes):
+    return SimpleNamespace(**{**dict(normalize="tokens", micro_batch_size=4, rdrop_alpha=0.1), **changes})
+
+
+def setup(checkpoint, sentences, dropout=0.0):
+    lm = backbone.load(checkpoint)
+    torch.manual_seed(0)
+    adapter = randomise(CrossLoRA(lm.cfg, list(LANGUAGES), rank=4, alpha=8, dropout=dropout))
+    return lm, adapter, encode(Tokenizer(checkpoint, lm.cfg), sentences[:32])[0]
+
+
+def gradients(adapter):
+    return {name: p.grad.clone() for name, p in adapter.named_parameters() if p.grad is not None}
+
+
+def one_process(checkpoint, sentences, size, **changes):
+    lm, adapter, examples = setup(checkpoint, sentences)
+    sums = backward(lm, adapter, examples, settings(micro_batch_size=size, **changes), Ranks(0, 1), torch.float32)
+    return sums, gradients(adapter)
+
+
+def two_processes(rank, port, checkpoint, sentences, out, used_langs):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    lm, adapter, examples = setup(checkpoint, [s for s in sentences if {s["src_lang"], s["tgt_lang"]} <= used_langs])
+    sums = backward(lm, adapter, examples, settings(), Ranks(rank, 2), torch.float32)
+    torch.save((sums, gradients(adapter)), f"{out}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def close(a, b):
+    assert a[1].keys() == b[1].keys()
+    assert torch.allclose(a[0], b[0], rtol=1e-5)
+    for name in a[1]:
+        assert torch.allclose(a[1][name], b[1][name], rtol=1e-4, atol=1e-6), name
+
+
+@pytest.mark.parametrize("normalize", ["tokens", "sequences"])
+def test_accumulation_equals_one_batch(normalize, checkpoint, sentences):
+    whole = one_process(checkpoint, sentences, 32, normalize=normalize)
+    close(one_process(checkpoint, sentences, 4, normalize=normalize), whole)
+    close(one_process(checkpoint, sentences, 1, normalize=normalize), whole)
+
+
+def test_gradient_is_that_of_the_mean_over_target_tokens(checkpoint, sentences):
+    """Against the whole batch's own mean, each sentence alone and unpadded, no batching code."""
+    lm, adapter, examples = setup(checkpoint, sentences)
+    total, count = 0.0, 0
+    for e in examples:
+        ids = torch.tensor(e.ids).long()
+        logits = lm.head(lm(ids[None], adapter([e.src_lang], [e.tgt_lang])))[0].log_softmax(-1)
+        for t in range(e.prompt_length, len(ids)):
+            total, count = total - logits[t - 1, ids[t]], count + 1
+    (total / count).backward()
+    close(one_process(checkpoint, sentences, 4), (torch.tensor([float(total), 0.0]), gradients(adapter)))
+
+
+def test_two_processes_give_one_process_gradients(checkpoint, sentences, tmp_path):
+    some = {"en", "de", "zh"}  # the other experts must have no gradient, on either rank
+    port = 20000 + os.getpid() % 20000
+    mp.spawn(two_processes, (port, checkpoint, sentences, tmp_path, some), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert all(torch.equal(first[1][name], second[1][name]) for name in first[1])
+    kept = [s for s in sentences if {s["src_lang"], s["tgt_lang"]} <= some]
+    close(first, one_process(checkpoint, kept, 32))
+    assert not [name for name in first[1] if name.split(".")[-1] not in some]
+
+
+def test_rdrop_passes_differ_and_none_is_run_without_it(checkpoint, sentences):
+    lm, adapter, examples = setup(checkpoint, sentences, dropout=0.3)
+    assert forward_sums(lm, adapter, examples[:4], torch.float32, rdrop=True, dropout=True)[1] > 1e-3
+    assert abs(forward_sums(lm, adapter, examples[:4], torch.float32, rdrop=True, dropout=False)[1]) < 1e-4
+    widths = []
+    lm.model.norm.register_forward_hook(lambda m, i, o: widths.append(o.shape[0]))
+    assert forward_sums(lm, adapter, examples[:4], torch.float32, rdrop=False, dropout=True)[1] == 0
+    assert widths == [4]
+
+
+def test_dev_loss_by_group(checkpoint, sentences):
+    lm, adapter, examples = setup(checkpoint, sentences, dropout=0.2)
+    report = evaluate_dev(lm, adapter, examples, settings(), Ranks(0, 1), torch.float32)
+    nll = sum(float(forward_sums(lm, adapter, [e], torch.float32, False, False)[0]) for e in examples)
+    assert math.isclose(report["nll"], nll / denominator(examples, "tokens"), rel_tol=1e-4)
+    assert math.isclose(report["loss"], report["nll"] + 0.1 * report["kl"], abs_tol=2e-6) and report["kl"] > 0
+    english = [e for e in examples if "en" in (e.src_lang, e.tgt_lang)]
+    nll = sum(float(forward_sums(lm, adapter, [e], torch.float32, False, False)[0]) for e in english)
+    assert math.isclose(report["english"]["nll"], nll / denominator(english, "tokens"), rel_tol=1e-4)
+    assert report == evaluate_dev(lm, adapter, examples, settings(), Ranks(0, 1), torch.float32)
+
+
+def test_schedule():
+    linear = [lr_factor(s, 100, 0.1, "linear") for s in range(100)]
+    assert linear[:10] == [(s + 1) / 10 for s in range(10)] and linear[10] == 1 and math.isclose(linear[55], 0.5)
+    assert math.isclose(lr_factor(55, 100, 0.1, "cosine"), 0.5) and lr_factor(99, 100, 0.1, "constant") == 1
+    assert lr_factor(0, 19_686, 5e-4, "linear") == 1 / 10  # the paper's warm-up ratio: 10 of Stage 1's steps
+
+
+@pytest.fixture(scope="module")
+def data(sentences, tmp_path_factory):
+    """A prepared data folder and a pseudo folder, as data.py and pivot.py leave them."""
+    folder = tmp_path_factory.mktemp("data")
+    english = [s for s in sentences if "en" in (s["src_lang"], s["tgt_lang"])]
+    others = [s for s in sentences if "en" not in (s["src_lang"], s["tgt_lang"])]
+    write_jsonl(folder / "stage1.train.jsonl", english)
+    write_jsonl(folder / "stage1.dev.jsonl", english[:4])
+    write_jsonl(folder / "stage2.flores.jsonl", others[:3])
+    (folder / "config.json").write_text(json.dumps({"languages": ",".join(LANGUAGES)}))
+    (folder / "manifest.json").write_text("{}")
+    pseudo = folder / "pseudo"
+    pseudo.mkdir()
+    write_jsonl(pseudo / "pseudo.train.jsonl", others[3:])
+    write_jsonl(pseudo / "pseudo.dev.jsonl", others[:2])
+    return folder
+
+
+def command(checkpoint, data, out, *more, stage=1):
+    return (ROOT / "train.py", "--stage", stage, "--model", checkpoint, "--data", data, "--out", out, "--epochs", 2, "--batch-size", 4,
+            "--lr", "1e-2", "--rank", 4, "--save-every", 2, "--log-every", 1, *more)
+
+
+def contents(out):
+    """Every file of a run folder; the checkpoint by its values, since zip archives may differ in layout."""
+    files = {str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*") if p.is_file() and p.name != "checkpoint.pt"}
+    return files, torch.load(out / "checkpoint.pt", weights_only=True)
+
+
+def same_run(a, b):
+    (files_a, state_a), (files_b, state_b) = contents(a), contents(b)
+    assert files_a == files_b
+    assert state_a["step"] == state_b["step"]
+    for name in state_a["adapter"]:
+        assert torch.equal(state_a["adapter"][name], state_b["adapter"][name]), name
+    for key, moments in state_a["optimizer"]["state"].items():
+        assert all(torch.equal(v, state_b["optimizer"]["state"][key][k]) for k, v in moments.items())
+
+
+def test_kill_and_resume_is_as_if_never_stopped(checkpoint, data, tmp_path):
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    assert "done; the adapter is in" in run(*command(checkpoint, data, straight)).stdout
+    for kill_at in (3, 7):
+        process = subprocess.Popen([sys.executable, *map(str, command(checkpoint, data, stopped))], cwd=ROOT, stdout=subprocess.DEVNULL,
+                                   env={**os.environ, "OMP_NUM_THREADS": "1"})
+        metrics = stopped / "metrics.jsonl"
+        deadline = time.time() + 120
+        while process.poll() is None and time.time() < deadline:
+            if metrics.exists() and metrics.read_bytes().count(b"\n") >= kill_at:
+                break
+            time.sleep(0.005)
+        os.kill(process.pid, signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL  # it was killed midway, not finished
+    assert "resuming at step" in run(*command(checkpoint, data, stopped)).stdout
+    same_run(straight, stopped)
+    assert "finished already" in run(*command(checkpoint, data, stopped)).stdout
+    same_run(straight, stopped)
+    refuses(*command(checkpoint, data, stopped, "--seed", 9), says=["other settings", "seed was 0, now 9"])
+    same_run(straight, stopped)
+
+
+def test_stage_2_under_torchrun_starts_fresh_and_sees_all_data(checkpoint, data, tmp_path):
+    out = tmp_path / "two"
+    done = run(*TORCHRUN, *command(checkpoint, data, out, "--pseudo", data / "pseudo", "--micro-batch-size", 2, stage=2))
+    config = json.loads((out / "config.json").read_text())
+    assert config["train_pairs"] == sum(len(read_rows(data / f)) for f in ("stage1.train.jsonl", "stage2.flores.jsonl", "pseudo/pseudo.train.jsonl"))
+    assert "batch 4 = 2 processes x 2 x accumulation 1" in done.stdout
+    rows = read_rows(out / "metrics.jsonl")
+    assert {"english", "non_english", "nll", "kl", "loss"} == set([r["dev"] for r in rows if "dev" in r][-1])
+    losses = [r["loss"] for r in rows if "loss" in r]
+    assert losses[-1] < losses[0]
+
+
+def test_init_adapter_starts_where_the_other_ended(checkpoint, data, adapter_folder, tmp_path):
+    run(*command(checkpoint, data, tmp_path / "a", "--max-steps", 1, "--lr", 0, "--init-adapter", adapter_folder, "--alpha", 8))
+    from safetensors.torch import load_file
+
+    a, b = load_file(tmp_path / "a/adapter/adapter.safetensors"), load_file(adapter_folder / "adapter.safetensors")
+    assert all(torch.equal(a[name], b[name]) for name in b)
+
+
+def test_keep_best_keeps_the_lowest_dev_loss(checkpoint, data, tmp_path):
+    run(*command(checkpoint, data, tmp_path / "best", "--keep", "best", "--lr", 1.0, "--epochs", 4))
+    dev = [(r["dev"]["loss"], r["step"]) for r in read_rows(tmp_path / "best/metrics.jsonl") if "dev" in r]
+    assert json.loads((tmp_path / "best/adapter/adapter.json").read_text())["steps"] == min(dev)[1]
+
+
+def test_bad_input_is_one_line_before_any_work(checkpoint, data, adapter_folder, tmp_path):
+    out = tmp_path / "out"
+    refuses(*command(checkpoint, data, out, "--micro-batch-size", 3), says="--batch-size 4 cannot be divided into 1 processes x --micro-batch-size 3")
+    refuses(*command(checkpoint, data, out, stage=2), says="--pseudo")
+    refuses(*command(checkpoint, data, out, "--pseudo", tmp_path, stage=2), says="finished pivot.py run")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "pseudo.train.jsonl").write_text("")
+    refuses(*command(checkpoint, data, out, "--pseudo", empty, stage=2), says="no pseudo pairs")
+    refuses(*command(checkpoint, tmp_path, out), says="no manifest.json")
+    refuses(*command("./nowhere", data, out), says="no such folder")
+    refuses(*command(checkpoint, data, out, "--dropout", 1.5), says="--dropout 1.5")
+    refuses(*command(checkpoint, data, out, "--max-length", 5), says="no training pair fits")
+    refuses(*command(checkpoint, data, out, "--init-adapter", adapter_folder, "--rank", 8), says="other languages, rank or type")
+    assert not out.exists()
+    broken = tmp_path / "broken"
+    shutil.copytree(data, broken)
+    with open(broken / "stage1.train.jsonl", "ab") as file:
+        file.write(b'{"src_lang": "de", "tg')
+    lines = len(read_rows(data / "stage1.train.jsonl"))
+    refuses(*command(checkpoint, broken, out), says=f"stage1.train.jsonl:{lines + 1}: not a JSON object")
+    assert not out.exists()

@@ -1,0 +1,322 @@
+"""Fine-tune CrossLoRA: Stage 1 on English-centric pairs, Stage 2 on everything (sections 3.3 and 3.4).
+
+    torchrun --nproc_per_node=2 train.py --stage 1 --data data --out runs/stage1
+    torchrun --nproc_per_node=2 train.py --stage 2 --data data --pseudo runs/pseudo --out runs/stage2
+
+Plain `python train.py` is the same run in one process. The same command again resumes from the last checkpoint.
+B micro-batch rows, T tokens, N target tokens, D hidden, V vocabulary.
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import model as backbone
+from crosslora import ROUTES, CrossLoRA, load_adapter, save_adapter
+from data import (FORMATS, IGNORE, Tokenizer, UserError, claim, collate, encode, epoch_order, file_sha256, group_of,
+                  read_json, read_jsonl, run_main)
+from generate import DEFAULT_MODEL, device_and_dtype, init_distributed
+
+
+def rdrop_sums(logits1, logits2, labels):
+    """Summed NLL and KL of two passes over the same targets (section 3.4).
+
+    logits1, logits2: (N, V), labels: (N,). Returns (nll, kl), fp32 scalars, sums over the N target tokens of eq. 8's
+    and eq. 7's terms; dividing by M is the caller's, since M counts the whole effective batch.
+    """
+    logp1, logp2 = F.log_softmax(logits1.float(), dim=-1), F.log_softmax(logits2.float(), dim=-1)
+    nll = (F.nll_loss(logp1, labels, reduction="sum") + F.nll_loss(logp2, labels, reduction="sum")) / 2  # eq. 8
+    # eq. 7: KL(p1||p2) + KL(p2||p1) = sum_v (p1 - p2)(log p1 - log p2), halved
+    kl = ((logp1.exp() - logp2.exp()) * (logp1 - logp2)).sum() / 2
+    return nll, kl
+
+
+def forward_sums(model, adapter, examples, dtype, rdrop, dropout):
+    """(nll, kl) summed over the target tokens of a micro-batch. R-Drop's two passes are one batch of 2B rows, each
+    copy with its own dropout; without R-Drop (eq. 6) there is one pass and kl is 0."""
+    device = model.inv_freq.device
+    tokens, labels = (t.to(device) for t in collate(examples))  # (B, T)
+    passes = 2 if rdrop else 1
+    lora = adapter([e.src_lang for e in examples] * passes, [e.tgt_lang for e in examples] * passes, dtype, dropout)
+    hidden = model(tokens.repeat(passes, 1), lora)  # (passes * B, T, D)
+    at = labels != IGNORE  # (B, T), N of them: the head is applied to these only
+    if not rdrop:
+        nll = F.cross_entropy(model.head(hidden[at]).float(), labels[at], reduction="sum")  # eq. 6
+        return nll, nll.new_zeros(())
+    first, second = hidden.chunk(2)
+    return rdrop_sums(model.head(first[at]), model.head(second[at]), labels[at])
+
+
+def target_count(example):
+    return len(example.ids) - example.prompt_length
+
+
+def denominator(examples, normalize):
+    """M of eqs. 6-8 for a whole effective batch: its target tokens, or its sequences."""
+    return sum(target_count(e) for e in examples) if normalize == "tokens" else len(examples)
+
+
+def backward(model, adapter, batch, args, ranks, dtype):
+    """Gradients of eq. 9 for one effective batch, complete on every rank. Returns its summed [nll, kl].
+
+    Every rank knows the whole batch and takes each world-th row, so the split cannot change the result: losses are
+    sums divided once by the batch's own M, and gradients are summed over micro-batches and ranks.
+    """
+    M = denominator(batch, args.normalize)
+    mine = sorted(batch, key=lambda e: len(e.ids))[ranks.rank :: ranks.world]  # similar lengths share a micro-batch
+    sums = torch.zeros(2, device=model.inv_freq.device)
+    for start in range(0, len(mine), args.micro_batch_size):
+        nll, kl = forward_sums(model, adapter, mine[start : start + args.micro_batch_size], dtype, args.rdrop_alpha > 0, dropout=True)
+        ((nll + args.rdrop_alpha * kl) / M).backward()  # eq. 9
+        sums += torch.stack((nll.detach(), kl.detach()))
+    if ranks.world > 1:
+        sync_gradients(adapter, sums)
+    return sums
+
+
+def sync_gradients(adapter, sums):
+    """Sum gradients and `sums` over the ranks. DistributedDataParallel would average, and would give experts that
+    no rank used a zero gradient; here they keep none, so that AdamW leaves them as they are."""
+    parameters = list(adapter.parameters())
+    used = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8, device=sums.device)
+    dist.all_reduce(used, op=dist.ReduceOp.MAX)
+    live = [p for p, u in zip(parameters, used.tolist()) if u]
+    for p in live:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+    flat = torch.cat([sums, *(p.grad.flatten() for p in live)])  # one message a step
+    dist.all_reduce(flat)
+    sums.copy_(flat[:2])
+    offset = 2
+    for p in live:
+        p.grad.copy_(flat[offset : offset + p.numel()].view_as(p))
+        offset += p.numel()
+
+
+def lr_factor(step, total, warmup_ratio, schedule):
+    """Share of the peak learning rate at `step` (from 0): linear warm-up over warmup_ratio * total, then `schedule`."""
+    warmup = math.ceil(warmup_ratio * total)
+    if step < warmup:
+        return (step + 1) / warmup
+    done = (step - warmup) / max(1, total - warmup)
+    return {"linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2, "constant": 1.0}[schedule]
+
+
+@torch.no_grad()
+def evaluate_dev(model, adapter, examples, args, ranks, dtype):
+    """Dev loss a target token, overall and by direction group: NLL of one pass without dropout, KL of two passes
+    with it (there is none without), and eq. 9's total."""
+    groups = sorted({group_of(e.src_lang, e.tgt_lang) for e in examples})
+    sums = torch.zeros(len(groups), 3, dtype=torch.float64)  # nll, kl, tokens
+    ordered = sorted(examples, key=lambda e: len(e.ids))
+    for g, group in enumerate(groups):
+        rows = [e for e in ordered if group_of(e.src_lang, e.tgt_lang) == group]
+        size = 2 * args.micro_batch_size
+        for index in range(ranks.rank * size, len(rows), ranks.world * size):
+            part = rows[index : index + size]
+            torch.manual_seed(index)  # the same masks at every evaluation
+            nll = forward_sums(model, adapter, part, dtype, rdrop=False, dropout=False)[0]
+            kl = forward_sums(model, adapter, part, dtype, rdrop=True, dropout=True)[1] if args.rdrop_alpha > 0 else 0.0
+            sums[g] += torch.tensor([float(nll), float(kl), sum(target_count(e) for e in part)], dtype=torch.float64)
+    if ranks.world > 1:
+        device_sums = sums.to(model.inv_freq.device)
+        dist.all_reduce(device_sums)
+        sums = device_sums.cpu()
+
+    def report(row):
+        nll, kl = (row[:2] / row[2]).tolist()
+        return {"nll": round(nll, 6), "kl": round(kl, 6), "loss": round(nll + args.rdrop_alpha * kl, 6)}
+
+    return {**report(sums.sum(0)), **{group: report(row) for group, row in zip(groups, sums)}}
+
+
+def save_checkpoint(path, adapter, optimizer, step, best, log):
+    """All that a resumed run needs, replaced atomically. Order and dropout are functions of (seed, epoch, step)."""
+    state = {"step": step, "best": best, "log_bytes": log.tell(), "adapter": adapter.state_dict(), "optimizer": optimizer.state_dict()}
+    temporary = Path(f"{path}.tmp")
+    torch.save(state, temporary)
+    os.replace(temporary, path)
+
+
+def read_stage_data(args, languages):
+    """(train, dev, files) of a stage: Stage 1 the English-centric files; Stage 2 those, FLORES-200 in the other
+    directions, and the pseudo pairs (section 3.3, Table 5)."""
+    data = Path(args.data)
+    train, dev = [data / "stage1.train.jsonl"], [data / "stage1.dev.jsonl"]
+    if args.stage == 2:
+        if args.pseudo is None:
+            raise UserError("--stage 2 needs --pseudo, the folder that pivot.py wrote")
+        train += [data / "stage2.flores.jsonl", Path(args.pseudo) / "pseudo.train.jsonl"]
+        dev += [Path(args.pseudo) / "pseudo.dev.jsonl"]
+        if not train[-1].exists():
+            raise UserError(f"{train[-1]}: no such file; --pseudo takes the folder of a finished pivot.py run")
+        if train[-1].stat().st_size == 0:
+            raise UserError(f"{train[-1]}: no pseudo pairs in it; Stage 2 would be Stage 1 again")
+    rows = [[row for file in files for row in read_jsonl(file, languages)] for files in (train, dev)]
+    return *rows, [*train, *dev]
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stage", type=int, choices=[1, 2], required=True, help="section 3.3")
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="backbone: checkpoint folder or hub name (section 4.2)")
+    parser.add_argument("--data", default="data", help="folder that data.py wrote")
+    parser.add_argument("--pseudo", help="Stage 2: folder that pivot.py wrote")
+    parser.add_argument("--out", help="run folder; default runs/stageN")
+    parser.add_argument("--init-adapter", help="start from this adapter folder instead of a fresh one (Table 2's other rows)")
+    parser.add_argument("--adapter-type", default="crosslora", choices=list(ROUTES), help="router and banks (section 3.2)")
+    parser.add_argument("--rank", type=int, default=16, help="r (section 4.2)")
+    parser.add_argument("--alpha", type=float, default=64, help="alpha_l; the update is scaled by alpha / r (section 4.2)")
+    parser.add_argument("--dropout", type=float, default=0.1, help="LoRA dropout p (section 4.2)")
+    parser.add_argument("--rdrop-alpha", type=float, default=0.1, help="weight of the KL term, eq. 9 (section 4.2); 0: one pass, eq. 6")
+    parser.add_argument("--normalize", default="tokens", choices=["tokens", "sequences"], help="M of eqs. 6-8")
+    parser.add_argument("--lr", type=float, default=5e-4, help="peak learning rate (section 4.2)")
+    parser.add_argument("--weight-decay", type=float, default=0.02, help="AdamW (section A.1)")
+    parser.add_argument("--warmup-ratio", type=float, default=5e-4, help="share of all steps (section A.1)")
+    parser.add_argument("--schedule", default="linear", choices=["linear", "cosine", "constant"], help="after warm-up; the paper is silent")
+    parser.add_argument("--max-grad-norm", type=float, default=1.0, help="gradient clipping, 0: none; the paper is silent")
+    parser.add_argument("--epochs", type=int, help="default: Stage 1 3, Stage 2 2 (section A.1)")
+    parser.add_argument("--max-steps", type=int, help="stop after this many steps instead; for trials")
+    parser.add_argument("--batch-size", type=int, default=32, help="effective batch: ranks x micro-batch x accumulation (section A.1)")
+    parser.add_argument("--micro-batch-size", type=int, default=4, help="rows a rank and pass (section A.1)")
+    parser.add_argument("--max-length", type=int, default=512, help="tokens a pair, longer ones are dropped (section A.1)")
+    parser.add_argument("--keep", default="last", choices=["last", "best"], help="which epoch's adapter: the last, or the lowest dev loss")
+    parser.add_argument("--save-every", type=int, default=200, help="steps between checkpoints")
+    parser.add_argument("--log-every", type=int, default=10, help="steps between lines of metrics.jsonl")
+    parser.add_argument("--prompt-format", default="auto", choices=["auto", *FORMATS], help="auto: the tokenizer's own chat format")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    args = parser.parse_args()
+    args.out = args.out or f"runs/stage{args.stage}"
+    args.epochs = args.epochs or {1: 3, 2: 2}[args.stage]
+    for flag in ("rank", "epochs", "batch_size", "micro_batch_size", "max_length", "save_every", "log_every"):
+        if getattr(args, flag) < 1:
+            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be at least 1")
+    if not 0 <= args.dropout < 1:
+        raise UserError(f"--dropout {args.dropout}: must lie in [0, 1)")
+    return args
+
+
+def main():
+    args = parse_args()
+    ranks = init_distributed()
+    chief = ranks.rank == 0
+    if args.batch_size % (ranks.world * args.micro_batch_size):
+        raise UserError(f"--batch-size {args.batch_size} cannot be divided into {ranks.world} processes x --micro-batch-size "
+                        f"{args.micro_batch_size} x a whole number of accumulation steps")
+    accumulation = args.batch_size // (ranks.world * args.micro_batch_size)
+    device, dtype = device_and_dtype(args.device)
+
+    if not (Path(args.data) / "manifest.json").exists():
+        raise UserError(f"{args.data}: no manifest.json in it; --data takes a folder that data.py has finished")
+    languages = read_json(Path(args.data) / "config.json")["languages"].split(",")
+    train_rows, dev_rows, files = read_stage_data(args, languages)
+    folder = backbone.resolve(args.model)
+    tokenizer = Tokenizer(folder, backbone.Config.load(folder), args.prompt_format)
+    (train, dropped), (dev, dev_dropped) = (encode(tokenizer, rows, args.max_length) for rows in (train_rows, dev_rows))
+    if not train:
+        raise UserError(f"{files[0]}: no training pair fits --max-length {args.max_length}")
+
+    model = backbone.load(folder, device, dtype)
+    fingerprint = model.fingerprint()
+    torch.manual_seed(args.seed)
+    adapter = CrossLoRA(model.cfg, languages, args.rank, args.alpha, args.dropout, args.adapter_type)
+    if args.init_adapter:
+        start, _ = load_adapter(args.init_adapter, model.cfg, fingerprint, tokenizer.sha256)
+        if {n: p.shape for n, p in start.named_parameters()} != {n: p.shape for n, p in adapter.named_parameters()}:
+            raise UserError(f"--init-adapter {args.init_adapter}: other languages, rank or type than this run's")
+        adapter.load_state_dict(start.state_dict())
+    adapter.to(device)
+
+    steps_per_epoch = math.ceil(len(train) / args.batch_size)
+    total = min(args.epochs * steps_per_epoch, args.max_steps or math.inf)
+    where = ("out", "micro_batch_size", "device")  # may change between a stop and its resumption
+    config = {k: v for k, v in vars(args).items() if k not in where}
+    config.update(languages=languages, prompt_format=tokenizer.format, backbone_fingerprint=fingerprint,
+                  tokenizer_sha256=tokenizer.sha256, files={f.name: file_sha256(f) for f in files},
+                  train_pairs=len(train), train_dropped=dropped, dev_pairs=len(dev), dev_dropped=dev_dropped, steps=total)
+    if chief:
+        claim(args.out, config)
+    ranks.barrier()
+    out = Path(args.out)
+
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
+    step, best, log_bytes, order = 0, math.inf, 0, None
+    if (out / "checkpoint.pt").exists():
+        state = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)
+        adapter.load_state_dict(state["adapter"])
+        optimizer.load_state_dict(state["optimizer"])
+        step, best, log_bytes = state["step"], state["best"], state["log_bytes"]
+        del state
+    if step == total:
+        if chief:
+            print(f"{out}: finished already ({total} steps); the adapter is in {out / 'adapter'}")
+        return
+    if chief:
+        parameters = sum(p.numel() for p in adapter.parameters())
+        share = parameters / sum(p.numel() for p in model.parameters())
+        print(json.dumps(config, ensure_ascii=False))
+        print(f"{parameters:,} trainable parameters, {share:.2%} of the backbone; {len(train)} pairs ({dropped} over "
+              f"{args.max_length} tokens dropped); batch {args.batch_size} = {ranks.world} processes x {args.micro_batch_size} "
+              f"x accumulation {accumulation}; {total} steps" + (f"; resuming at step {step}" if step else ""), flush=True)
+
+    log = open(out / "metrics.jsonl" if chief else os.devnull, "ab")
+    if chief:
+        log.truncate(log_bytes)
+
+    def write_log(line):
+        log.write((json.dumps(line) + "\n").encode())
+        log.flush()
+
+    bar = tqdm(total=total, initial=step, desc=f"stage {args.stage}", unit="step", disable=None if chief else True)
+    while step < total:
+        epoch, position = divmod(step, steps_per_epoch)
+        if order is None or position == 0:
+            order = epoch_order(len(train), args.seed, epoch)
+        batch = [train[i] for i in order[position * args.batch_size : (position + 1) * args.batch_size]]
+        lr = args.lr * lr_factor(step, total, args.warmup_ratio, args.schedule)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        torch.manual_seed((args.seed * 1_000_003 + step) * 4096 + ranks.rank)  # dropout masks resume without saved state
+        optimizer.zero_grad(set_to_none=True)  # None, not 0: an unused expert must not be touched
+        sums = backward(model, adapter, batch, args, ranks, dtype)
+        used = [p for p in adapter.parameters() if p.grad is not None]
+        norm = torch.nn.utils.clip_grad_norm_(used, args.max_grad_norm or math.inf)
+        optimizer.step()
+        step += 1
+        if step % args.log_every == 0 or step == total:
+            M = denominator(batch, args.normalize)
+            nll, kl = (sums / M).tolist()
+            loss = nll + args.rdrop_alpha * kl
+            write_log({"step": step, "epoch": round(step / steps_per_epoch, 4), "lr": lr, "nll": nll, "kl": kl, "loss": loss, "grad_norm": norm.item()})
+            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+        bar.update()
+        if step % steps_per_epoch == 0 or step == total:
+            if dev:
+                report = evaluate_dev(model, adapter, dev, args, ranks, dtype)
+                write_log({"step": step, "dev": report})
+                if chief:
+                    bar.write(f"step {step}: dev " + json.dumps(report), file=sys.stdout)
+            better = not dev or report["loss"] < best
+            best = min(best, report["loss"]) if dev else best
+            if chief and (args.keep == "last" or better):
+                description = adapter.describe(args.model, fingerprint, tokenizer.format, tokenizer.sha256, args.seed, step)
+                save_adapter(adapter, description, out / "adapter")
+        if chief and (step % args.save_every == 0 or step % steps_per_epoch == 0 or step == total):
+            save_checkpoint(out / "checkpoint.pt", adapter, optimizer, step, best, log)
+    bar.close()
+    ranks.barrier()
+    if chief:
+        print(f"{out}: done; the adapter is in {out / 'adapter'}")
+
+
+if __name__ == "__main__":
+    run_main(main)
