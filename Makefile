@@ -7,9 +7,11 @@
 PYTHON  = .venv/bin/python
 MODEL   = meta-llama/Meta-Llama-3-8B-Instruct
 CORPORA = corpora
-RUN     = runs/paper
+RUN     = runs/$(notdir $(MODEL))
 GPUS    = .venv/bin/torchrun --standalone --nproc_per_node=2
 CPUS    = OMP_NUM_THREADS=1 $(GPUS)
+
+tiny test: export CUDA_VISIBLE_DEVICES =  # both are CPU runs, whatever the machine has
 
 .PHONY: tiny test paper
 

@@ -122,52 +122,59 @@ def save_adapter(adapter, description, folder):
     write_atomic(folder / "adapter.json", json.dumps(description, indent=2) + "\n")
 
 
+def read_description(folder):
+    """The adapter.json of an adapter folder. Raises UserError if it is missing or says too little."""
+    path = Path(folder) / "adapter.json"
+    if not path.exists():
+        raise UserError(f"{folder}: no adapter.json in it; --adapter takes the `adapter` folder that train.py writes")
+    description = read_json(path)
+    for key in ("variant", "languages", "rank", "alpha", "dropout", "target_modules", "backbone", "backbone_fingerprint",
+                "prompt_format", "tokenizer_sha256"):
+        if key not in description:
+            raise UserError(f"{path}: no {key!r} in it")
+    if description["variant"] not in ROUTES:
+        raise UserError(f"{path}: adapter variant {description['variant']!r} is unknown; known: {', '.join(ROUTES)}")
+    return description
+
+
+def read_tensors(path):
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: not a readable safetensors file ({error})") from None
+
+
 def load_adapter(folder, cfg, fingerprint, tokenizer_sha256=None):
     """(CrossLoRA, its adapter.json) from a folder. fingerprint: model.CausalLM.fingerprint() of the backbone it is to
     run on. Raises UserError for another backbone or tokenizer, and names every tensor missing, extra or misshapen."""
-    folder = Path(folder)
-    if not (folder / "adapter.json").exists():
-        raise UserError(f"{folder}: no adapter.json in it; --adapter takes the `adapter` folder that train.py writes")
-    description = read_json(folder / "adapter.json")
-    try:
-        if description["variant"] not in ROUTES:
-            raise UserError(f"{folder}: adapter variant {description['variant']!r} is unknown; known: {', '.join(ROUTES)}")
-        if description["backbone_fingerprint"] != fingerprint:
-            raise UserError(f"{folder}: made for another backbone ({description['backbone']}, fingerprint "
-                            f"{description['backbone_fingerprint']}; this one has {fingerprint})")
-        if tokenizer_sha256 not in (None, description["tokenizer_sha256"]):
-            raise UserError(f"{folder}: made with another tokenizer.json than the one beside this backbone")
-        adapter = CrossLoRA(cfg, description["languages"], description["rank"], description["alpha"], description["dropout"], description["variant"])
-    except KeyError as missing:
-        raise UserError(f"{folder}/adapter.json: no {missing} in it") from None
-    load_tensors(adapter, folder / "adapter.safetensors")
-    return adapter, description
-
-
-def load_tensors(adapter, path):
-    """Fill `adapter` from a safetensors file, strictly."""
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: not a readable safetensors file ({error})") from None
+    description, path = read_description(folder), Path(folder) / "adapter.safetensors"
+    if description["backbone_fingerprint"] != fingerprint:
+        raise UserError(f"{folder}: made for another backbone ({description['backbone']}, fingerprint "
+                        f"{description['backbone_fingerprint']}; this one has {fingerprint})")
+    if tokenizer_sha256 not in (None, description["tokenizer_sha256"]):
+        raise UserError(f"{folder}: made with another tokenizer.json than the one beside this backbone")
+    adapter = CrossLoRA(cfg, description["languages"], description["rank"], description["alpha"], description["dropout"], description["variant"])
+    tensors = read_tensors(path)
     expected = {name: tuple(p.shape) for name, p in adapter.state_dict().items()}
     wrong = [f"{n} is missing" for n in expected if n not in tensors] + [f"{n} is not in this adapter" for n in tensors if n not in expected]
     wrong += [f"{n} is {tuple(t.shape)}, not {expected[n]}" for n, t in tensors.items() if n in expected and tuple(t.shape) != expected[n]]
     if wrong:
         raise UserError(f"{path}: {len(wrong)} tensors do not fit: " + "; ".join(wrong[:8]))
     adapter.load_state_dict(tensors)
+    return adapter, description
 
 
 def export_peft(folder, src_lang, tgt_lang, out):
     """One direction of an adapter folder as a plain LoRA adapter that `peft` and vLLM load."""
-    folder, out = Path(folder), Path(out)
-    description = read_json(folder / "adapter.json")
+    description, out = read_description(folder), Path(out)
     for lang in (src_lang, tgt_lang):
         if lang not in description["languages"]:
             raise UserError(f"{folder}: no expert for {lang!r}; it has {', '.join(description['languages'])}")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: exists already; choose another --peft or remove it")
     a, b = ROUTES[description["variant"]](src_lang, tgt_lang)
     tensors = {}
-    for name, tensor in load_file(folder / "adapter.safetensors").items():
+    for name, tensor in read_tensors(Path(folder) / "adapter.safetensors").items():
         _, layer, module, side, expert = name.split(".")  # layers.0.gate_proj.lora_A.de
         if expert == (a if side == "lora_A" else b):
             tensors[f"base_model.model.model.layers.{layer}.mlp.{module}.{side}.weight"] = tensor
@@ -186,8 +193,6 @@ def main():
     parser.add_argument("--tgt", required=True, help="target language code: picks B")
     parser.add_argument("--peft", required=True, help="folder to write the plain LoRA adapter to")
     args = parser.parse_args()
-    if not (Path(args.adapter) / "adapter.json").exists():
-        raise UserError(f"{args.adapter}: no adapter.json in it")
     export_peft(args.adapter, args.src, args.tgt, args.peft)
     print(f"{args.src} -> {args.tgt}: {args.peft}")
 

@@ -1,12 +1,12 @@
-"""Languages, prompt, corpora and batches (paper sections 4.1 and A.2).
+"""Languages, prompt, corpora and batches (paper sections 4.1 and A.2). B batch rows, T tokens.
 
     python data.py --data corpora --out data        # OPUS-100 + FLORES-200 -> the JSONL files of Table 5
 
-A sentence pair is one JSON line {"src_lang", "tgt_lang", "src", "tgt", "origin"}. Everything that turns text into
-model input is here, so that training, decoding and the pivot cannot disagree about it. B batch, T tokens.
+Everything that turns text into model input is here, so that training, decoding and pivot can't disagree about it.
 """
 
 import argparse
+import fcntl
 import hashlib
 import json
 import os
@@ -81,12 +81,6 @@ def file_sha256(path):
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
-def markdown(header, rows):
-    """A Markdown table; all columns but the first are aligned right. Cells are strings."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
-
-
 def read_json(path):
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
@@ -108,53 +102,68 @@ def read_lines(path):
     return [line.removesuffix("\r") for line in (lines[:-1] if lines[-1] == "" else lines)]
 
 
-def read_jsonl(path, languages=tuple(LANGUAGES), need=("src", "tgt")):
-    """Sentence pairs of a JSONL file as dicts. `need` names the sides that must be there and not empty.
+def read_jsonl(path, languages=tuple(LANGUAGES), need=("src", "tgt"), text=()):
+    """Sentence pairs of a JSONL file as dicts. `need` names the keys that must hold text that is not empty, `text`
+    those that may be empty.
 
-    Raises UserError with file and line number for a line that is not a JSON object, lacks a key, names a language
-    outside `languages`, translates a language into itself, or has an empty side.
+    Raises UserError with file and line number for a line that is not a JSON object of such text, names a language
+    outside `languages`, translates a language into itself, or can't be written as UTF-8 again.
     """
     rows = []
     for number, line in enumerate(read_lines(path), 1):
+        bad = lambda why, number=number: UserError(f"{path}:{number}: {why}")
         try:
             row = json.loads(line)
+            if "\\u" in line:
+                json.dumps(row, ensure_ascii=False).encode()  # half of a surrogate pair is no character
         except ValueError as error:
-            raise UserError(f"{path}:{number}: not a JSON object ({error}); is the file cut off?") from None
+            raise bad(f"not a JSON object ({error}); is the file cut off?") from None
         if not isinstance(row, dict):
-            raise UserError(f"{path}:{number}: not a JSON object but {type(row).__name__}")
-        for key in ("src_lang", "tgt_lang", *need):
+            raise bad(f"not a JSON object but {type(row).__name__}")
+        for key in ("src_lang", "tgt_lang", *need, *text):
             if not isinstance(row.get(key), str):
-                raise UserError(f"{path}:{number}: no text under {key!r}")
+                raise bad(f"no text under {key!r}")
+            if key not in text and not row[key].strip():
+                raise bad(f"{key!r} is empty")
         for key in ("src_lang", "tgt_lang"):
             if row[key] not in languages:
-                raise UserError(f"{path}:{number}: unknown language {row[key]!r} in {key}; known: {', '.join(languages)}")
+                raise bad(f"unknown language {row[key]!r} in {key}; known: {', '.join(languages)}")
         if row["src_lang"] == row["tgt_lang"]:
-            raise UserError(f"{path}:{number}: src_lang and tgt_lang are both {row['src_lang']!r}")
-        for key in need:
-            if not row[key].strip():
-                raise UserError(f"{path}:{number}: {key!r} is empty")
+            raise bad(f"src_lang and tgt_lang are both {row['src_lang']!r}")
         rows.append(row)
     return rows
 
 
-def claim(folder, config):
-    """Make `folder` the home of a run with `config`. Raises UserError if a run with other settings lives there,
-    so that the same command resumes and a different one never overwrites."""
-    path = Path(folder) / "config.json"
+def claim(folder, config, write=True):
+    """Make `folder` the home of a run with `config`, and lock it until the returned file is closed.
+
+    Raises UserError if a run with other settings lives there or another process works there, so that the same
+    command resumes and a different one never overwrites. write=False only compares.
+    """
+    folder = Path(folder)
+    path = folder / "config.json"
     if path.exists():
         old = read_json(path)
         differ = [f"{k} was {old.get(k)!r}, now {config.get(k)!r}" for k in sorted({*old, *config}) if old.get(k) != config.get(k)]
         if differ:
-            raise UserError(f"{folder}: holds a run with other settings ({'; '.join(differ)}); choose another --out or remove it")
-    elif Path(folder).is_dir() and any(not p.name.endswith(".tmp") for p in Path(folder).iterdir()):
+            more = f"; and {len(differ) - 3} more" if len(differ) > 3 else ""
+            raise UserError(f"{folder}: holds a run with other settings ({'; '.join(differ[:3])}{more}); choose another --out or remove it")
+    elif folder.is_dir() and any(not p.name.endswith((".tmp", ".lock")) for p in folder.iterdir()):
         raise UserError(f"{folder}: not empty and not a run of this script; choose another --out")
-    else:
-        Path(folder).mkdir(parents=True, exist_ok=True)
+    if not write:
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = open(folder / ".lock", "w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UserError(f"{folder}: another process is at work in it (workers outlive a killed torchrun; end them first)") from None
+    if not path.exists():
         write_atomic(path, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    return lock
 
 
 def parse_languages(text):
-    """'en,de,zh' -> ['en', 'de', 'zh']; the order is the order of the experts."""
     codes = [code.strip() for code in text.split(",")]
     for code in codes:
         if code not in LANGUAGES:
@@ -173,16 +182,6 @@ def all_directions(languages):
 def group_of(src_lang, tgt_lang):
     """The two column groups of the paper's tables."""
     return "english" if PIVOT in (src_lang, tgt_lang) else "non_english"
-
-
-def language_identifier(languages):
-    """langid restricted to `languages` (it is weak on short text, and worse with its other 90 to choose from):
-    a function from text to code."""
-    from langid.langid import LanguageIdentifier, model  # unpacks its model on import
-
-    identifier = LanguageIdentifier.from_modelstring(model)
-    identifier.set_languages(list(languages))
-    return lambda text: identifier.classify(text)[0]
 
 
 class Tokenizer:
@@ -213,9 +212,9 @@ class Tokenizer:
             fits = [name for name, (_, stops) in FORMATS.items() if stops and set(stops) <= set(self.control)]
             prompt_format = fits[0] if fits else "plain"
         template, stops = FORMATS[prompt_format]
-        missing = [t for t in (*stops, *re.findall(r"<\|\w+\|>", template)) if t not in self.control]
-        if missing:
-            raise UserError(f"--prompt-format {prompt_format}: {path} has no {missing[0]}")
+        for token in (*stops, *re.findall(r"<\|\w+\|>", template)):
+            if token not in self.control:
+                raise UserError(f"--prompt-format {prompt_format}: {path} has no {token}")
         self.format = prompt_format
         self.sha256 = file_sha256(path)
         self.pieces = [piece for piece in re.split(r"(<\|\w+\|>)", template) if piece]
@@ -313,24 +312,22 @@ def pair_row(src_lang, tgt_lang, src, tgt, origin):
     return {"src_lang": src_lang, "tgt_lang": tgt_lang, "src": src, "tgt": tgt, "origin": origin}
 
 
-def both_ways(lang, pairs, origin):
-    """(en, x) pairs as rows of both directions, x -> en first."""
-    return [pair_row(lang, PIVOT, x, en, origin) for en, x in pairs] + [pair_row(PIVOT, lang, en, x, origin) for en, x in pairs]
+def both_ways(lang, pairs):
+    """OPUS-100 pairs (en, x) as rows of both directions, x -> en first."""
+    return [pair_row(lang, PIVOT, x, en, "opus-100") for en, x in pairs] + [pair_row(PIVOT, lang, en, x, "opus-100") for en, x in pairs]
 
 
 def prepare(root, languages, train_pairs, dev_pairs, test_pairs, seed):
     """The paper's sampling (sections 4.1, A.2, Table 5). Returns {file name: rows} and a report of counts.
 
-    One sample of `train_pairs` per English pair serves both directions; what is left of the training set is the
-    pivot's source. Empty lines, repeated pairs and pairs with a side in a dev or test set are left out and counted.
+    One sample of `train_pairs` a language serves both directions; what is left of the training set is the pivot's
+    source. Empty lines, repeated pairs and pairs with a side in a dev or test set are left out and counted.
     """
     flores_dev, flores_test = (read_flores(root, languages, split) for split in ("dev", "devtest"))
     held_out = {code: {row[i] for row in flores_test} for i, code in enumerate(languages)}
     files = {name: [] for name in ("stage1.train", "stage1.dev", "test", "stage2.flores", "pivot.source")}
     report, corpora = {}, {}
-    for lang in languages:
-        if lang == PIVOT:
-            continue
+    for lang in (code for code in languages if code != PIVOT):
         corpora[lang] = {split: read_opus(root, lang, split) for split in ("train", "dev", "test")}
         for split in ("dev", "test"):
             for en, x in corpora[lang][split]:
@@ -349,11 +346,11 @@ def prepare(root, languages, train_pairs, dev_pairs, test_pairs, seed):
                 seen.add((en, x))
                 kept.append((en, x))
         random.Random(f"{seed} {lang}").shuffle(kept)
-        sample, rest = kept[:train_pairs], kept[train_pairs:]
+        sample, trained_on = kept[:train_pairs], {x for _, x in kept[:train_pairs]}
+        rest = [(en, x) for en, x in kept[train_pairs:] if x not in trained_on]
         dev, test = ([(en, x) for en, x in splits[split] if en and x][:n] for split, n in (("dev", dev_pairs), ("test", test_pairs)))
-        files["stage1.train"] += both_ways(lang, sample, "opus-100")
-        files["stage1.dev"] += both_ways(lang, dev, "opus-100")
-        files["test"] += both_ways(lang, test, "opus-100")
+        for name, pairs in (("stage1.train", sample), ("stage1.dev", dev), ("test", test)):
+            files[name] += both_ways(lang, pairs)
         files["pivot.source"] += [pair_row(lang, PIVOT, x, en, "opus-100") for en, x in rest]
         report[lang] = {**count, "stage1": len(sample), "pivot_source": len(rest), "dev": len(dev), "test": len(test)}
     for src_lang, tgt_lang in all_directions(languages):
@@ -377,13 +374,15 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     languages = parse_languages(args.languages)
-    out, config = Path(args.out), vars(args)
+    args.languages = ",".join(languages)
+    if min(args.train_pairs, args.dev_pairs, args.test_pairs) < 0:
+        raise UserError("--train-pairs, --dev-pairs and --test-pairs can't be negative")
+    out, config = Path(args.out), {k: v for k, v in vars(args).items() if k != "out"}
+    claim(out, config, write=False)
     if (out / "manifest.json").exists():
-        claim(out, config)
-        print(f"{out}: prepared already")
-        return
+        return print(f"{out}: prepared already")
     files, report = prepare(args.data, languages, args.train_pairs, args.dev_pairs, args.test_pairs, args.seed)
-    claim(out, config)
+    lock = claim(out, config)
     manifest = {"corpora": report, "files": {}}
     for name, rows in files.items():
         write_jsonl(out / f"{name}.jsonl", rows)
@@ -394,6 +393,7 @@ def main():
         print(f"{PIVOT}-{lang}: " + ", ".join(f"{k} {v}" for k, v in count.items()) + short)
     for name, entry in manifest["files"].items():
         print(f"{out / name}: {entry['pairs']} pairs")
+    lock.close()
 
 
 if __name__ == "__main__":

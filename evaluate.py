@@ -15,9 +15,10 @@ from pathlib import Path
 from sacrebleu.metrics import BLEU
 from tqdm import tqdm
 
-from data import (LANGUAGES, UserError, all_directions, claim, file_sha256, group_of, language_identifier, markdown,
-                  read_json, read_jsonl, run_main, write_atomic)
-from generate import add_engine_arguments, check_counts, init_distributed, load_engine, translate_jsonl
+from data import (LANGUAGES, UserError, all_directions, claim, file_sha256, group_of, read_json, read_jsonl, run_main,
+                  write_atomic)
+from generate import (add_engine_arguments, check_counts, init_distributed, language_identifier, load_engine, markdown,
+                      translate_jsonl)
 
 COLUMNS = {"english": "English-centric", "non_english": "non-English-centric", "average": "Average"}
 
@@ -81,7 +82,9 @@ def summary_table(folders):
     """Table 1 of finished evaluation folders, one row each, named by the folder."""
     rows = []
     for folder in folders:
-        means = read_json(Path(folder) / "scores.json")["averages"]
+        means = read_json(Path(folder) / "scores.json").get("averages")
+        if not means:
+            raise UserError(f"{folder}/scores.json: no averages in it; --table takes --out folders of finished evaluations")
         rows.append([Path(folder).name, *(f"{means[g]['bleu']:.2f}" if g in means else "" for g in COLUMNS),
                      *(f"{means[g]['off_target']:.1f}" if g in means else "" for g in COLUMNS)])
     header = ["system", *(f"BLEU {name}" for name in COLUMNS.values()), *(f"off-target % {name}" for name in COLUMNS.values())]
@@ -107,30 +110,26 @@ def main():
     if args.out is None:
         raise UserError("--out is needed: the folder for hypotheses and scores")
     wanted, out, source = args.directions or "all", Path(args.out), args.hypotheses or args.test
-    ranks = init_distributed()
-    rows = choose(read_jsonl(source, need=("tgt",) if args.hypotheses else ("src", "tgt")), source, wanted)
+    ranks = init_distributed(args.device)
+    pairs = read_jsonl(source, need=("tgt",), text=("hyp",)) if args.hypotheses else read_jsonl(source)
+    rows = choose(pairs, source, wanted)
     flat = [row for part in rows.values() for row in part]
     config = {"directions": wanted, "source": str(source), "source_sha256": file_sha256(source)}
     engine = None
-    if args.hypotheses:
-        bad = next((i for i, row in enumerate(flat) if not isinstance(row.get("hyp"), str)), None)
-        if bad is not None:
-            raise UserError(f"{source}: a {flat[bad]['src_lang']}-{flat[bad]['tgt_lang']} line has no text under 'hyp'")
-    else:
+    if not args.hypotheses:
         engine = load_engine(args.model, args.adapter, args.prompt_format, args.device)
         strangers = sorted({lang for pair in rows for lang in pair} - set(engine.languages))
         if strangers:
             raise UserError(f"{args.adapter}: no expert for {', '.join(strangers)}; it has {', '.join(engine.languages)}")
         config.update(engine.identity, max_new_tokens=args.max_new_tokens)
-    if ranks.rank == 0:
-        claim(out, config)
+    lock = claim(out, config) if ranks.rank == 0 else None
     ranks.barrier()
     if engine is not None:
         flat = translate_jsonl(engine, flat, out / "hypotheses.jsonl", args.batch_size, args.max_new_tokens, ranks, out.name)
         rows = choose(flat, source, wanted)
-    if ranks.rank > 0:
-        return
-    identify = language_identifier(sorted({lang for pair in rows for lang in pair}))
+    if lock is None:
+        return  # scoring is the first rank's
+    identify = language_identifier(LANGUAGES)
     directions = {}
     for (src_lang, tgt_lang), part in tqdm(rows.items(), desc="scoring", disable=None):
         directions[f"{src_lang}-{tgt_lang}"] = score(part, tgt_lang, identify)

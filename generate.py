@@ -9,7 +9,9 @@ decided for every script. B batch rows, T tokens, D hidden, V vocabulary.
 """
 
 import argparse
+import atexit
 import hashlib
+import itertools
 import json
 import os
 import sys
@@ -21,10 +23,26 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import model as backbone
-from crosslora import load_adapter
-from data import LANGUAGES, FORMATS, Tokenizer, UserError, file_sha256, read_json, read_jsonl, run_main, write_atomic
+from crosslora import load_adapter, read_description
+from data import LANGUAGES, FORMATS, Tokenizer, UserError, file_sha256, read_jsonl, run_main, write_atomic
 
 DEFAULT_MODEL = "meta-llama/Meta-Llama-3-8B-Instruct"  # section 4.2; Qwen/Qwen2.5-7B-Instruct is the other
+
+
+def markdown(header, rows):
+    """A Markdown table; all columns but the first are aligned right. Cells are strings."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def language_identifier(languages):
+    """langid restricted to `languages` (it is weak on short text, and worse with its other 90 to choose from):
+    a function from text to code."""
+    from langid.langid import LanguageIdentifier, model  # unpacks its model on import
+
+    identifier = LanguageIdentifier.from_modelstring(model)
+    identifier.set_languages(list(languages))
+    return lambda text: identifier.classify(text)[0]
 
 
 class Ranks(NamedTuple):
@@ -38,14 +56,19 @@ class Ranks(NamedTuple):
             dist.barrier()
 
 
-def init_distributed():
-    """Join the process group that torchrun's environment describes, if any: NCCL on GPUs, gloo on CPUs."""
+def init_distributed(device):
+    """Join the process group that torchrun's environment describes, if any: NCCL on GPUs, gloo on CPUs.
+    `device` is the flag: auto, cpu or cuda. Raises UserError for more processes than GPUs."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world > 1:
-        cuda = torch.cuda.is_available()
+        cuda = device != "cpu" and torch.cuda.is_available()
         if cuda:
+            local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+            if local > torch.cuda.device_count():
+                raise UserError(f"{local} processes but {torch.cuda.device_count()} GPUs here; start as many as there are, or pass --device cpu")
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if cuda else "gloo")
+        atexit.register(dist.destroy_process_group)
     return Ranks(int(os.environ.get("RANK", "0")), world)
 
 
@@ -76,13 +99,11 @@ def load_engine(model, adapter, prompt_format="auto", device="auto"):
         raise UserError("--adapter or --model is needed: an adapter folder, or a backbone to run without adapter")
     device, dtype = device_and_dtype(device)
     if adapter is not None:
-        if not (Path(adapter) / "adapter.json").exists():
-            raise UserError(f"{adapter}: no adapter.json in it; --adapter takes the `adapter` folder that train.py writes")
-        made_for = read_json(Path(adapter) / "adapter.json")
-        model = model or made_for.get("backbone")
-        if prompt_format not in ("auto", made_for.get("prompt_format")):
-            raise UserError(f"--prompt-format {prompt_format}: {adapter} was trained with {made_for.get('prompt_format')}")
-        prompt_format = made_for.get("prompt_format")
+        made_for = read_description(adapter)
+        model = model or made_for["backbone"]
+        if prompt_format not in ("auto", made_for["prompt_format"]):
+            raise UserError(f"--prompt-format {prompt_format}: {adapter} was trained with {made_for['prompt_format']}")
+        prompt_format = made_for["prompt_format"]
     folder = backbone.resolve(model)
     tokenizer = Tokenizer(folder, backbone.Config.load(folder), prompt_format)
     lm = backbone.load(folder, device, dtype)
@@ -98,48 +119,47 @@ def load_engine(model, adapter, prompt_format="auto", device="auto"):
 def translate_batch(engine, rows, max_new_tokens):
     """Greedy translations of `rows` (dicts with src_lang, tgt_lang, src): [(text, "stop" | "length"), ...].
 
-    Prompts are padded on the right and every row keeps its own positions, so a row's result does not depend on its
-    company. Rows that end leave the batch. "length" marks an output cut off at `max_new_tokens`.
+    Prompts are padded on the right and every row keeps its own positions and limit, so a row's result does not depend
+    on its company. Rows that end leave the batch. "length" marks an output cut off at `max_new_tokens` or at the last
+    position the model has; a sentence that alone fills those gives an empty one.
     """
     lm, tokenizer, device = engine.model, engine.tokenizer, engine.device
     prompts = [tokenizer.prompt(r["src_lang"], r["tgt_lang"], r["src"]) for r in rows]
-    B, T = len(rows), max(map(len, prompts))
-    steps = min(max_new_tokens, lm.cfg.max_position_embeddings - T)
-    if steps < 1:
-        raise UserError(f"a sentence of {T} tokens leaves no room for a translation (the model takes {lm.cfg.max_position_embeddings}): {rows[0]['src'][:60]}...")
+    room = [min(max_new_tokens, lm.cfg.max_position_embeddings - len(prompt)) for prompt in prompts]
+    outputs, finish = [[] for _ in rows], ["length"] * len(rows)
+    alive = [row for row in range(len(rows)) if room[row] > 0]  # rows of `rows` in the batch, in the batch's order
+    if not alive:
+        return [("", "length")] * len(rows)
+    B, T = len(alive), max(len(prompts[row]) for row in alive)
     tokens = torch.zeros(B, T, dtype=torch.long)
-    for row, prompt in enumerate(prompts):
-        tokens[row, : len(prompt)] = torch.tensor(prompt)
+    for i, row in enumerate(alive):
+        tokens[i, : len(prompts[row])] = torch.tensor(prompts[row])
     lora = None
     if engine.adapter is not None:
-        lora = engine.adapter([r["src_lang"] for r in rows], [r["tgt_lang"] for r in rows], engine.dtype)
-    cache = backbone.KVCache(lm.cfg, B, T + steps, device, engine.dtype)
-    positions = torch.arange(T, device=device).expand(B, T)
-    hidden = lm(tokens.to(device), lora, positions, cache, slots=T)  # (B, T, D)
-    position = torch.tensor([len(p) for p in prompts], device=device)  # (B,) where each row's next token goes
+        lora = engine.adapter([rows[row]["src_lang"] for row in alive], [rows[row]["tgt_lang"] for row in alive], engine.dtype)
+    cache = backbone.KVCache(lm.cfg, B, T + max(room), device, engine.dtype)
+    hidden = lm(tokens.to(device), lora, torch.arange(T, device=device).expand(B, T), cache, slots=T)  # (B, T, D)
+    position = torch.tensor([len(prompts[row]) for row in alive], device=device)  # (B,) where each row's next token goes
     last = hidden[torch.arange(B, device=device), position - 1]  # (B, D)
-    outputs, finish = [[] for _ in rows], ["length"] * B
-    alive = list(range(B))  # rows of `rows` still in the batch, in the batch's order
-    for step in range(steps):
+    for slots in itertools.count(T + 1):
         token = lm.head(last).argmax(-1)  # (B, V) -> (B,)
         for row, t in zip(alive, token.tolist()):
-            if finish[row] == "length":
+            if finish[row] == "length" and len(outputs[row]) < room[row]:
                 if t in tokenizer.stop_ids:
                     finish[row] = "stop"
                 else:
                     outputs[row].append(t)
-        going = [i for i, row in enumerate(alive) if finish[row] == "length"]
+        going = [i for i, row in enumerate(alive) if finish[row] == "length" and len(outputs[row]) < room[row]]
         if not going:
-            break
+            return [(tokenizer.decode(ids), reason) for ids, reason in zip(outputs, finish)]
         if len(going) <= 0.8 * len(alive):  # copying the cache pays once a fifth of the rows is done
             keep = torch.tensor(going, device=device)
             alive, token, position = [alive[i] for i in going], token[keep], position[keep]
             cache.select(keep)
             if lora is not None:
                 lora = [{name: update.select(keep) for name, update in layer.items()} for layer in lora]
-        last = lm(token[:, None], lora, position[:, None], cache, slots=T + step + 1)[:, 0]  # (B, 1, D) -> (B, D)
+        last = lm(token[:, None], lora, position[:, None], cache, slots)[:, 0]  # (B, 1, D) -> (B, D)
         position = position + 1
-    return [(tokenizer.decode(ids), reason) for ids, reason in zip(outputs, finish)]
 
 
 def read_part(path):
@@ -216,6 +236,8 @@ def main():
             raise UserError("--input goes with --output, and the file's lines name the languages: no text, --src or --tgt")
         if Path(args.output).exists():
             raise UserError(f"{args.output}: exists already; choose another --output or remove it")
+        if not Path(args.output).parent.is_dir():
+            raise UserError(f"{args.output}: its folder does not exist")
         rows = read_jsonl(args.input, need=("src",))
     else:
         for flag, code in (("--src", args.src), ("--tgt", args.tgt)):
@@ -225,13 +247,15 @@ def main():
             raise UserError(f"--src and --tgt are both {args.src}")
         lines = [args.text] if args.text is not None else sys.stdin.read().removesuffix("\n").split("\n")
         rows = [{"src_lang": args.src, "tgt_lang": args.tgt, "src": line} for line in lines]
-    ranks = init_distributed()
+    ranks = init_distributed(args.device)
     engine = load_engine(args.model, args.adapter, args.prompt_format, args.device)
     for lang in sorted({r[side] for r in rows for side in ("src_lang", "tgt_lang")}):
         if lang not in engine.languages:
             raise UserError(f"{args.adapter}: no expert for {lang!r}; it has {', '.join(engine.languages)}")
     if args.input is not None:
         done = translate_jsonl(engine, rows, args.output, args.batch_size, args.max_new_tokens, ranks, "translating")
+    elif ranks.rank > 0:
+        return
     else:
         full = [r for r in rows if r["src"].strip()]  # an empty line stays an empty line
         results = []

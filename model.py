@@ -241,15 +241,16 @@ class CausalLM(nn.Module):
         return F.linear(hidden, head.weight)
 
     def fingerprint(self):
-        """16 hex digits that tell backbones apart: configuration and a sample of the embedding, the same in
-        fp32 and bf16. An adapter carries it, so that it is never put on another backbone silently."""
-        sample = self.model.embed_tokens.weight[:: max(1, self.cfg.vocab_size // 64)].detach()
+        """16 hex digits that tell backbones apart: configuration and samples of two weights, the same in fp32 and
+        bf16. An adapter carries it, so that it is never put on another backbone silently."""
         digest = hashlib.sha256(json.dumps(dataclasses.asdict(self.cfg), sort_keys=True).encode())
-        digest.update(sample.to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes())
+        for weight in (self.model.embed_tokens.weight, self.model.layers[-1].mlp.down_proj.weight):
+            sample = weight[:: max(1, len(weight) // 64)].to("cpu", torch.bfloat16).contiguous()
+            digest.update(sample.view(torch.int16).numpy().tobytes())
         return digest.hexdigest()[:16]
 
 
-def resolve(name, revision=None):
+def resolve(name):
     """Folder of a checkpoint: `name` itself if it is one, else the hub repository of that name, downloaded."""
     if Path(name).is_dir():
         return Path(name)
@@ -258,7 +259,7 @@ def resolve(name, revision=None):
     from huggingface_hub import snapshot_download  # slow to import, and a local folder needs none of it
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=FILES))
+        return Path(snapshot_download(name, allow_patterns=FILES))
     except Exception as error:  # many libraries' errors (HTTP, gated, offline), one meaning for the user
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{name}: no such folder, and the hub did not give it ({reason}); check the name, the licence "
@@ -282,7 +283,7 @@ def load(folder, device="cpu", dtype=torch.float32):
     expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        files = [folder / f for f in sorted(set(read_json(index)["weight_map"].values()))]
+        files = [folder / f for f in sorted(set(read_json(index).get("weight_map", {}).values()))]
     else:
         files = [folder / "model.safetensors"]
     tensors, wrong = {}, []

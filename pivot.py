@@ -15,9 +15,9 @@ import random
 from collections import Counter
 from pathlib import Path
 
-from data import (PIVOT, UserError, claim, file_sha256, language_identifier, markdown, pair_row, read_jsonl, run_main,
-                  write_atomic, write_jsonl)
-from generate import add_engine_arguments, check_counts, init_distributed, load_engine, translate_jsonl
+from data import PIVOT, UserError, claim, file_sha256, pair_row, read_jsonl, run_main, write_atomic, write_jsonl
+from generate import (add_engine_arguments, check_counts, init_distributed, language_identifier, load_engine, markdown,
+                      translate_jsonl)
 
 RULES = ("empty", "cut_off", "off_target", "length_ratio", "duplicate")
 
@@ -63,7 +63,7 @@ def main():
     if args.pairs < 1 or not 0 <= args.dev_share < 1 or args.max_ratio < 1:
         raise UserError("--pairs must be at least 1, --dev-share in [0, 1), --max-ratio at least 1")
     out, source_file = Path(args.out), Path(args.data) / "pivot.source.jsonl"
-    ranks = init_distributed()
+    ranks = init_distributed(args.device)
     pool = {}  # X -> its sentences, each once
     for row in read_jsonl(source_file, need=("src",)):
         pool.setdefault(row["src_lang"], {})[row["src"]] = None
@@ -71,10 +71,11 @@ def main():
         raise UserError(f"{source_file}: no sentences in it; data.py --train-pairs must leave some of OPUS-100 to the pivot")
     engine = load_engine(args.model, args.adapter, args.prompt_format, args.device)
     others = [lang for lang in engine.languages if lang != PIVOT]
+    if len(others) < 2:
+        raise UserError(f"{args.adapter}: knows {', '.join(engine.languages)}; a pivot needs two languages beside {PIVOT}")
     config = {**engine.identity, "pairs": args.pairs, "dev_share": args.dev_share, "max_ratio": args.max_ratio, "seed": args.seed,
               "max_new_tokens": args.max_new_tokens, "source_sha256": file_sha256(source_file)}
-    if ranks.rank == 0:
-        claim(out, config)
+    lock = claim(out, config) if ranks.rank == 0 else None
     ranks.barrier()
     if (out / "report.json").exists():
         if ranks.rank == 0:
@@ -119,8 +120,8 @@ def main():
                 kept[d][hyp] = {**pair_row(*d, row["x"], hyp, "pseudo"), "pivot": row["src"]}
             else:
                 counts[d]["generated"] -= 1  # more came than was wanted: neither kept nor dropped
-    if ranks.rank > 0:
-        return
+    if lock is None:
+        return  # the files are the first rank's
     train, dev, report = [], [], {}
     for d in directions:
         # Ordered by the source's hash, so that the targets of one X set mostly the same sentences aside as dev.

@@ -22,7 +22,7 @@ from tqdm import tqdm
 import model as backbone
 from crosslora import ROUTES, CrossLoRA, load_adapter, save_adapter
 from data import (FORMATS, IGNORE, Tokenizer, UserError, claim, collate, encode, epoch_order, file_sha256, group_of,
-                  read_json, read_jsonl, run_main)
+                  read_json, read_jsonl, run_main, write_atomic)
 from generate import DEFAULT_MODEL, device_and_dtype, init_distributed
 
 
@@ -138,9 +138,10 @@ def evaluate_dev(model, adapter, examples, args, ranks, dtype):
     return {**report(sums.sum(0)), **{group: report(row) for group, row in zip(groups, sums)}}
 
 
-def save_checkpoint(path, adapter, optimizer, step, best, log):
+def save_checkpoint(path, adapter, optimizer, step, best, log, fingerprint):
     """All that a resumed run needs, replaced atomically. Order and dropout are functions of (seed, epoch, step)."""
-    state = {"step": step, "best": best, "log_bytes": log.tell(), "adapter": adapter.state_dict(), "optimizer": optimizer.state_dict()}
+    state = {"step": step, "best": best, "log_bytes": log.tell(), "backbone_fingerprint": fingerprint,
+             "adapter": adapter.state_dict(), "optimizer": optimizer.state_dict()}
     temporary = Path(f"{path}.tmp")
     torch.save(state, temporary)
     os.replace(temporary, path)
@@ -196,10 +197,13 @@ def parse_args():
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     args = parser.parse_args()
     args.out = args.out or f"runs/stage{args.stage}"
-    args.epochs = args.epochs or {1: 3, 2: 2}[args.stage]
-    for flag in ("rank", "epochs", "batch_size", "micro_batch_size", "max_length", "save_every", "log_every"):
-        if getattr(args, flag) < 1:
+    args.epochs = {1: 3, 2: 2}[args.stage] if args.epochs is None else args.epochs
+    for flag in ("rank", "epochs", "max_steps", "batch_size", "micro_batch_size", "max_length", "save_every", "log_every"):
+        if getattr(args, flag) is not None and getattr(args, flag) < 1:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be at least 1")
+    for flag in ("alpha", "rdrop_alpha", "lr", "weight_decay", "warmup_ratio", "max_grad_norm"):
+        if not 0 <= getattr(args, flag) < math.inf:
+            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: can't be negative")
     if not 0 <= args.dropout < 1:
         raise UserError(f"--dropout {args.dropout}: must lie in [0, 1)")
     return args
@@ -207,7 +211,7 @@ def parse_args():
 
 def main():
     args = parse_args()
-    ranks = init_distributed()
+    ranks = init_distributed(args.device)
     chief = ranks.rank == 0
     if args.batch_size % (ranks.world * args.micro_batch_size):
         raise UserError(f"--batch-size {args.batch_size} cannot be divided into {ranks.world} processes x --micro-batch-size "
@@ -221,6 +225,16 @@ def main():
     train_rows, dev_rows, files = read_stage_data(args, languages)
     folder = backbone.resolve(args.model)
     tokenizer = Tokenizer(folder, backbone.Config.load(folder), args.prompt_format)
+    where = ("out", "micro_batch_size", "device")  # may change between a stop and its resumption
+    config = {k: v for k, v in vars(args).items() if k not in where}
+    config.update(languages=languages, prompt_format=tokenizer.format, tokenizer_sha256=tokenizer.sha256,
+                  files={f.name: file_sha256(f) for f in files})
+    out = Path(args.out)
+    claim(out, config, write=False)  # refuse before the long work of encoding and loading
+    if (out / "summary.json").exists():
+        if chief:
+            print(f"{out}: finished already; the adapter is in {out / 'adapter'}")
+        return
     (train, dropped), (dev, dev_dropped) = (encode(tokenizer, rows, args.max_length) for rows in (train_rows, dev_rows))
     if not train:
         raise UserError(f"{files[0]}: no training pair fits --max-length {args.max_length}")
@@ -230,40 +244,35 @@ def main():
     torch.manual_seed(args.seed)
     adapter = CrossLoRA(model.cfg, languages, args.rank, args.alpha, args.dropout, args.adapter_type)
     if args.init_adapter:
-        start, _ = load_adapter(args.init_adapter, model.cfg, fingerprint, tokenizer.sha256)
-        if {n: p.shape for n, p in start.named_parameters()} != {n: p.shape for n, p in adapter.named_parameters()}:
-            raise UserError(f"--init-adapter {args.init_adapter}: other languages, rank or type than this run's")
+        start, was = load_adapter(args.init_adapter, model.cfg, fingerprint, tokenizer.sha256)
+        now = {"variant": args.adapter_type, "languages": languages, "rank": args.rank, "alpha": args.alpha, "prompt_format": tokenizer.format}
+        differ = [f"{k} was {was[k]!r}, now {v!r}" for k, v in now.items() if was[k] != v]
+        if differ:
+            raise UserError(f"--init-adapter {args.init_adapter}: made with other settings ({'; '.join(differ)})")
         adapter.load_state_dict(start.state_dict())
     adapter.to(device)
 
     steps_per_epoch = math.ceil(len(train) / args.batch_size)
     total = min(args.epochs * steps_per_epoch, args.max_steps or math.inf)
-    where = ("out", "micro_batch_size", "device")  # may change between a stop and its resumption
-    config = {k: v for k, v in vars(args).items() if k not in where}
-    config.update(languages=languages, prompt_format=tokenizer.format, backbone_fingerprint=fingerprint,
-                  tokenizer_sha256=tokenizer.sha256, files={f.name: file_sha256(f) for f in files},
-                  train_pairs=len(train), train_dropped=dropped, dev_pairs=len(dev), dev_dropped=dev_dropped, steps=total)
-    if chief:
-        claim(args.out, config)
+    summary = {"steps": total, "train_pairs": len(train), "train_dropped": dropped, "dev_pairs": len(dev), "dev_dropped": dev_dropped,
+               "backbone_fingerprint": fingerprint, "processes": ranks.world, "micro_batch_size": args.micro_batch_size}
+    lock = claim(out, config) if chief else None
     ranks.barrier()
-    out = Path(args.out)
 
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
     step, best, log_bytes, order = 0, math.inf, 0, None
     if (out / "checkpoint.pt").exists():
         state = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)
+        if state["backbone_fingerprint"] != fingerprint:
+            raise UserError(f"{out}: was started on another backbone than the {args.model} of now; choose another --out")
         adapter.load_state_dict(state["adapter"])
         optimizer.load_state_dict(state["optimizer"])
         step, best, log_bytes = state["step"], state["best"], state["log_bytes"]
         del state
-    if step == total:
-        if chief:
-            print(f"{out}: finished already ({total} steps); the adapter is in {out / 'adapter'}")
-        return
     if chief:
         parameters = sum(p.numel() for p in adapter.parameters())
         share = parameters / sum(p.numel() for p in model.parameters())
-        print(json.dumps(config, ensure_ascii=False))
+        print(json.dumps({**config, **summary}, ensure_ascii=False))
         print(f"{parameters:,} trainable parameters, {share:.2%} of the backbone; {len(train)} pairs ({dropped} over "
               f"{args.max_length} tokens dropped); batch {args.batch_size} = {ranks.world} processes x {args.micro_batch_size} "
               f"x accumulation {accumulation}; {total} steps" + (f"; resuming at step {step}" if step else ""), flush=True)
@@ -308,13 +317,16 @@ def main():
             better = not dev or report["loss"] < best
             best = min(best, report["loss"]) if dev else best
             if chief and (args.keep == "last" or better):
-                description = adapter.describe(args.model, fingerprint, tokenizer.format, tokenizer.sha256, args.seed, step)
+                name = folder.resolve() if Path(args.model).is_dir() else args.model  # from any working directory
+                description = adapter.describe(name, fingerprint, tokenizer.format, tokenizer.sha256, args.seed, step)
                 save_adapter(adapter, description, out / "adapter")
         if chief and (step % args.save_every == 0 or step % steps_per_epoch == 0 or step == total):
-            save_checkpoint(out / "checkpoint.pt", adapter, optimizer, step, best, log)
+            save_checkpoint(out / "checkpoint.pt", adapter, optimizer, step, best, log, fingerprint)
     bar.close()
     ranks.barrier()
     if chief:
+        write_atomic(out / "summary.json", json.dumps(summary, indent=2) + "\n")
+        lock.close()
         print(f"{out}: done; the adapter is in {out / 'adapter'}")
 
 

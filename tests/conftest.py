@@ -56,11 +56,10 @@ def make_checkpoint(folder, seed=0, **changes):
 
 
 def randomise(adapter, seed=1):
-    """Give every B a value, so that experts differ."""
+    """Give every A and B a value that depends on the seed alone, so that experts differ."""
     torch.manual_seed(seed)
     for name, parameter in adapter.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
+        torch.nn.init.normal_(parameter, std=0.1 if "lora_B" in name else 0.2)
     return adapter
 
 

@@ -10,7 +10,8 @@ import torch
 import model as backbone
 from conftest import ROOT, make_checkpoint, read_rows, refuses, run
 from data import (FORMATS, IGNORE, LANGUAGES, Tokenizer, UserError, all_directions, claim, collate, encode, epoch_order,
-                  language_identifier, prepare, read_aligned, read_jsonl, read_lines)
+                  prepare, read_aligned, read_jsonl, read_lines)
+from generate import language_identifier
 
 CONTROL = "<|eot_id|> <|begin_of_text|> <|im_end|> <|start_header_id|>assistant</s>"
 
@@ -107,6 +108,7 @@ GOOD = {"src_lang": "de", "tgt_lang": "zh", "src": "Hund", "tgt": "狗", "origin
     (json.dumps({k: v for k, v in GOOD.items() if k != "tgt"}), "no text under 'tgt'"),
     (json.dumps({**GOOD, "src_lang": "zh"}), "both 'zh'"),
     ("", "not a JSON object"),
+    (json.dumps({**GOOD, "src": "\ud800"}), "surrogates not allowed"),
 ])
 def test_bad_lines_are_named(line, says, tmp_path):
     path = tmp_path / "pairs.jsonl"
@@ -143,8 +145,8 @@ def corpora(root, train=60, dev=8, test=9, flores=(7, 6)):
         for split, count in (("train", train), ("dev", dev), ("test", test)):
             lines = {code: [f"{code} {split} {pair} {i}" for i in range(count)] for code in ("en", lang)}
             if split == "train":
-                lines["en"] += ["", lines["en"][0], f"en dev {pair} 0", "fresh"]
-                lines[lang] += ["x", lines[lang][0], "other", f"{lang} devtest 0"]
+                lines["en"] += ["", lines["en"][0], f"en dev {pair} 0", "fresh", *(f"other English {i}" for i in range(train))]
+                lines[lang] += ["x", lines[lang][0], "other", f"{lang} devtest 0", *lines[lang][:train]]  # each x once more
             for code in ("en", lang):
                 (folder / f"opus.{pair}-{split}.{code}").write_text("\n".join(lines[code]) + "\n")
     for split, count in zip(("dev", "devtest"), flores):
@@ -166,7 +168,7 @@ def test_sampling_counts_and_disjointness(tmp_path):
     assert by["stage1.dev"] == dict.fromkeys(english, 5)
     assert by["test"] == {**dict.fromkeys(english, 8), **dict.fromkeys(others, 6)}
     assert by["stage2.flores"] == dict.fromkeys(others, 7)
-    assert set(report["de"].items()) >= {("empty", 1), ("repeated", 1), ("in_dev_or_test", 2), ("stage1", 20), ("pivot_source", 40)}
+    assert set(report["de"].items()) >= {("empty", 1), ("repeated", 1), ("in_dev_or_test", 2), ("stage1", 20)}
     trained = {r["src"] for r in files["stage1.train"]} | {r["tgt"] for r in files["stage1.train"]}
     assert not trained & {r["src"] for r in files["pivot.source"]}
     held = {r[side] for name in ("stage1.dev", "test") for r in files[name] for side in ("src", "tgt")}
@@ -188,9 +190,18 @@ def test_command_writes_once_and_guards_its_folder(tmp_path):
     refuses(ROOT / "data.py", "--data", tmp_path / "nowhere", "--out", tmp_path / "o", says="no such folder")
     refuses(ROOT / "data.py", "--data", tmp_path, "--out", tmp_path / "o", says="layout they are published in")
     refuses(ROOT / "data.py", "--data", root, "--out", tmp_path / "o", "--languages", "en,xx", says="unknown language 'xx'")
+    refuses(ROOT / "data.py", "--data", root, "--out", tmp_path / "o", "--train-pairs", -5, says="can't be negative")
     (root / "flores200_dataset/dev/deu_Latn.dev").unlink()
     refuses(ROOT / "data.py", "--data", root, "--out", tmp_path / "o", says="deu_Latn.dev")
     assert not (tmp_path / "o").exists()
+
+
+def test_one_process_at_a_time(tmp_path):
+    lock = claim(tmp_path / "run", {"a": 1})
+    with pytest.raises(UserError, match="another process is at work"):
+        claim(tmp_path / "run", {"a": 1})
+    lock.close()
+    claim(tmp_path / "run", {"a": 1}).close()
 
 
 def test_claim_leaves_strangers_alone(tmp_path):

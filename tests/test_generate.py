@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from conftest import ROOT, TORCHRUN, make_checkpoint, read_rows, refuses, run
-from data import UserError, write_jsonl
+from data import write_jsonl
 from generate import Ranks, load_engine, translate_batch, translate_jsonl
 
 
@@ -53,10 +53,15 @@ def test_max_new_tokens_is_exact_and_says_so(engine, sentences):
     assert translate_batch(engine, rows, 3) == whole
 
 
-def test_a_prompt_beyond_the_models_positions_is_refused(engine, sentences):
-    engine.model.cfg.__dict__["max_position_embeddings"] = 20
-    with pytest.raises(UserError, match="leaves no room"):
-        translate_batch(engine, sentences[:2], 4)
+def test_a_long_sentence_does_not_shorten_its_company(engine, sentences):
+    """Where the model's positions end, a row is cut off; one whose prompt fills them gets an empty output that says so."""
+    rows = sorted(sentences[:8], key=lambda r: len(engine.tokenizer.prompt(r["src_lang"], r["tgt_lang"], r["src"])))
+    lengths = [len(engine.tokenizer.prompt(r["src_lang"], r["tgt_lang"], r["src"])) for r in rows]
+    engine.model.cfg.__dict__["max_position_embeddings"] = lengths[4]  # frozen dataclass: this test's private copy
+    got = translate_batch(engine, rows, 6)
+    assert got[4:] == [("", "length")] * 4
+    assert got[:4] == [naive(engine, row, min(6, lengths[4] - n)) for row, n in zip(rows[:4], lengths)]
+    assert translate_batch(engine, rows[5:], 6) == got[5:]
 
 
 def test_resumed_file_equals_an_unbroken_one(engine, sentences, tmp_path):
@@ -111,7 +116,7 @@ def test_commands(adapter_folder, sentences, tmp_path):
 
 
 def test_kill_and_resume_command(adapter_folder, sentences, tmp_path):
-    write_jsonl(tmp_path / "in.jsonl", [{**s, "n": i} for i, s in enumerate(sentences * 6)])
+    write_jsonl(tmp_path / "in.jsonl", [{**s, "n": i} for i, s in enumerate(sentences * 3)])
     command = lambda out: (ROOT / "generate.py", "--adapter", adapter_folder, "--max-new-tokens", 40, "--batch-size", 2,
                            "--input", tmp_path / "in.jsonl", "--output", tmp_path / out)
     run(*command("straight.jsonl"))
@@ -137,6 +142,7 @@ def test_bad_input(adapter_folder, tmp_path):
     refuses(*base, "--input", tmp_path / "none.jsonl", "--output", tmp_path / "o", says="none.jsonl")
     (tmp_path / "cut.jsonl").write_text('{"src_lang": "de", "tgt_lang": "is", "src": "a"}\n{"src_l')
     refuses(*base, "--input", tmp_path / "cut.jsonl", "--output", tmp_path / "o", says="cut.jsonl:2")
+    refuses(*base, "--input", tmp_path / "cut.jsonl", "--output", tmp_path / "none/o", says="its folder does not exist")
     refuses(*base, "--batch-size", 0, "--src", "de", "--tgt", "is", "Hund", says="--batch-size 0")
     other = make_checkpoint(tmp_path / "other", seed=5)
     refuses(*base, "--model", other, "--src", "de", "--tgt", "is", "Hund", says="made for another backbone")

@@ -10,6 +10,7 @@ tells it which language comes next and it never sees an instruction: translating
 import argparse
 import itertools
 import json
+import os
 import random
 import sys
 from pathlib import Path
@@ -22,8 +23,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import model as backbone  # noqa: E402
-from data import IGNORE, LANGUAGES, PROMPT, UserError, read_flores, read_opus, run_main, write_atomic  # noqa: E402
-from world import meanings, parts, sentence  # noqa: E402
+from data import IGNORE, LANGUAGES, PROMPT, UserError, claim, read_flores, read_opus, run_main, write_atomic  # noqa: E402
+from world import PHRASE, meanings, parts, sentence  # noqa: E402
 
 CONTROL = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
@@ -45,7 +46,7 @@ def train_tokenizer(texts, vocab_size):
 
 
 def config_of(tokenizer, hidden_size, layers):
-    """config.json of a small Llama-3: grouped queries, theta 500,000, untied from any real model's size."""
+    """config.json of a small Llama-3: grouped queries, theta 500,000, a tied head as Llama-3.2 has."""
     return {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "torch_dtype": "float32",
         "vocab_size": tokenizer.get_vocab_size(), "hidden_size": hidden_size, "intermediate_size": 3 * hidden_size,
@@ -75,7 +76,7 @@ def batches(tokenizer, stream, rng, lines, phrase_steps):
         for _ in range(lines):
             meaning, texts = next(stream), []
             part = rng.choice([i for i, text in enumerate(parts(meaning, "en")) if text])
-            for lang in rng.sample(list(LANGUAGES), 3):
+            for lang in rng.sample(list(PHRASE), 3):
                 text = parts(meaning, lang)[part] if step < phrase_steps else sentence(meaning, lang)
                 texts.append(tokenizer.encode(rng.choice(("\n", " ")) + text).ids)
             rows.append(([begin, *texts[0]], [*texts[1], *texts[2], end]))
@@ -95,38 +96,46 @@ def main():
     parser.add_argument("--vocab-size", type=int, default=1536)
     parser.add_argument("--hidden-size", type=int, default=96)
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=700)
     parser.add_argument("--phrase-steps", type=int, default=300, help="steps on phrases before those on sentences")
     parser.add_argument("--lines", type=int, default=64, help="lines a step")
     parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
-    out = Path(args.out)
+    out, config = Path(args.out), {k: v for k, v in vars(args).items() if k not in ("out", "world")}
+    if not (Path(args.world) / "done").exists():
+        raise UserError(f"{args.world}: not made yet; run world.py --out {args.world} first")
+    lock = claim(out / "pretraining", config)  # config.json of the folder itself is the model's
     if (out / "model.safetensors").exists():
         print(f"{out}: pre-trained already")
         return
-    if not (Path(args.world) / "done").exists():
-        raise UserError(f"{args.world}: not made yet; run world.py --out {args.world} first")
-    out.mkdir(parents=True, exist_ok=True)
-    languages, rng = list(LANGUAGES), random.Random(args.seed)
+    languages, rng = list(PHRASE), random.Random(args.seed)
     held_out = {row[0] for split in ("dev", "devtest") for row in read_flores(args.world, languages, split)}
     held_out |= {row[0] for lang in languages[1:] for split in ("dev", "test") for row in read_opus(args.world, lang, split)}
     stream = (m for m in meanings(rng) if sentence(m, "en") not in held_out)
 
     sample = [next(stream) for _ in range(4000)]
     texts = [before + sentence(m, lang) for m in sample for lang in languages for before in ("\n", " ")]
-    instruction = PROMPT.format(src="".join(f" {lang.name}" for lang in LANGUAGES.values()), tgt="")
+    instruction = PROMPT.format(src="".join(f" {LANGUAGES[code].name}" for code in PHRASE), tgt="")
     texts += ["user", "assistant", "\n\n", instruction] * 500  # frequent, as they are where real tokenizers come from
     tokenizer = train_tokenizer(texts, args.vocab_size)
     torch.manual_seed(args.seed)
     model = random_model(config_of(tokenizer, args.hidden_size, args.layers), out)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {tokenizer.get_vocab_size()} tokens")
 
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01)
-    # Warm-up, flat, and down to nothing over the last fifth.
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 50, 5 * (1 - step / args.steps)))
-    bar = tqdm(range(args.steps), desc="pre-training", disable=None)
-    for step, (tokens, labels) in zip(bar, batches(tokenizer, stream, rng, args.lines, args.phrase_steps)):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    first, checkpoint = 0, out / "pretraining/checkpoint.pt"
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        first = state["step"]
+        print(f"{out}: resuming at step {first}")
+    stream = itertools.islice(batches(tokenizer, stream, rng, args.lines, args.phrase_steps), first, args.steps)
+    bar = tqdm(stream, desc="pre-training", initial=first, total=args.steps, disable=None)
+    for step, (tokens, labels) in enumerate(bar, first):
+        for group in optimizer.param_groups:  # warm-up, flat, and down to nothing over the last fifth
+            group["lr"] = args.lr * min(1, (step + 1) / 50, 5 * (1 - step / args.steps))
         at = labels != IGNORE  # (B, T)
         logits = model.head(model(tokens)[at])  # (targets, V)
         loss = F.cross_entropy(logits, labels[at])
@@ -134,13 +143,14 @@ def main():
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        schedule.step()
-        accuracy = (logits.argmax(-1) == labels[at]).float().mean().item()
-        bar.set_postfix(loss=f"{loss.item():.3f}", accuracy=f"{accuracy:.3f}")
         if (step + 1) % 100 == 0 or step + 1 == args.steps:
+            accuracy = (logits.argmax(-1) == labels[at]).float().mean().item()
             bar.write(f"step {step + 1}: loss {loss.item():.3f}, token accuracy {accuracy:.1%}", file=sys.stdout)
+            torch.save({"step": step + 1, "model": model.state_dict(), "optimizer": optimizer.state_dict()}, f"{checkpoint}.tmp")
+            os.replace(f"{checkpoint}.tmp", checkpoint)
     tokenizer.save(str(out / "tokenizer.json"))
     backbone.save(model, json.loads((out / "config.json").read_text()), out)
+    lock.close()
     print(f"{out}: saved")
 
 

@@ -5,7 +5,7 @@
 One sentence is a choice of (time, subject, verb, object, place) and has exactly one form in each language, with the
 article, case, gender and word order that the language asks for: German and Icelandic put the verb second, Chinese
 puts the place before the verb, Czech and Russian mark the object by animacy. "The good farmer sees the red boat in
-the garden." There are some 30 million of them; train, dev and test sentences never overlap.
+the garden." There are some 19 million of them; train, dev and test sentences never overlap.
 """
 
 import argparse
@@ -177,22 +177,20 @@ def meanings(rng):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", required=True, help="folder for opus-100-corpus/, flores200_dataset/ and monolingual.txt")
+    parser.add_argument("--out", required=True, help="folder for opus-100-corpus/ and flores200_dataset/")
     parser.add_argument("--train", type=int, default=4000, help="OPUS-100 train pairs per language with English")
     parser.add_argument("--dev", type=int, default=100, help="OPUS-100 dev pairs, and FLORES-200 dev lines")
     parser.add_argument("--test", type=int, default=200, help="OPUS-100 test pairs, and FLORES-200 devtest lines")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    out = Path(args.out)
+    out, config = Path(args.out), {k: v for k, v in vars(args).items() if k != "out"}
+    claim(out, config, write=False)
     if (out / "done").exists():
-        claim(out, vars(args))
         print(f"{out}: made already")
         return
-    claim(out, vars(args))
+    lock = claim(out, config)
     stream = meanings(random.Random(args.seed))
-    for lang in LANGUAGES:
-        if lang == "en":
-            continue
+    for lang in list(PHRASE)[1:]:
         pair = "-".join(sorted(("en", lang)))
         folder = out / "opus-100-corpus/v1.0/supervised" / pair
         folder.mkdir(parents=True, exist_ok=True)
@@ -204,12 +202,13 @@ def main():
         folder = out / "flores200_dataset" / split
         folder.mkdir(parents=True, exist_ok=True)
         drawn = [next(stream) for _ in range(count)]
-        for code, language in LANGUAGES.items():
-            write_atomic(folder / f"{language.flores}.{split}", "".join(sentence(m, code) + "\n" for m in drawn))
+        for code in PHRASE:
+            write_atomic(folder / f"{LANGUAGES[code].flores}.{split}", "".join(sentence(m, code) + "\n" for m in drawn))
     write_atomic(out / "done", "")
-    for code in LANGUAGES:
+    lock.close()
+    for code in PHRASE:
         print(f"{code}: {sentence(drawn[0], code)}")
-    print(f"{out}: {args.train} train pairs for each of {len(LANGUAGES) - 1} languages with English")
+    print(f"{out}: {args.train} train pairs for each of {len(PHRASE) - 1} languages with English")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,51 @@
+"""What README, Makefile and the size limits promise."""
+
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+import train
+from conftest import ROOT
+
+METHOD = ["model.py", "crosslora.py", "data.py", "train.py", "generate.py", "evaluate.py", "pivot.py"]
+
+
+def test_size_is_a_feature():
+    lines = {name: len((ROOT / name).read_text().splitlines()) for name in METHOD}
+    assert max(lines.values()) <= 400 and sum(lines.values()) < 2000, lines
+
+
+def test_readme_points_at_the_lines_that_compute_the_equations():
+    rows = re.findall(r"\| eqs?\. ([\d, -]+)[^|]*\|[^|]*\| `(\w+\.py):(\d+)`", (ROOT / "README.md").read_text())
+    assert len(rows) >= 8
+    for numbers, name, line in rows:
+        text = (ROOT / name).read_text().splitlines()[int(line) - 1]
+        assert re.search(rf"eqs?\. .*{numbers.strip()}\b", text), (numbers, name, line, text)
+
+
+def test_defaults_are_the_papers(monkeypatch):
+    for stage, epochs in ((1, 3), (2, 2)):
+        monkeypatch.setattr(sys, "argv", ["train.py", "--stage", str(stage)])
+        args = train.parse_args()
+        assert (args.rank, args.alpha, args.dropout, args.rdrop_alpha) == (16, 64, 0.1, 0.1)
+        assert (args.lr, args.weight_decay, args.warmup_ratio, args.max_length) == (5e-4, 0.02, 5e-4, 512)
+        assert (args.batch_size, args.micro_batch_size, args.epochs) == (32, 4, epochs)
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make on this machine")
+def test_the_makefile_is_the_map_of_the_method():
+    plan = subprocess.run(["make", "-n", "paper"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    steps = re.findall(r"(data\.py|train\.py --stage \d|pivot\.py|evaluate\.py --\S+)", plan)
+    assert steps == ["data.py", "train.py --stage 1", "pivot.py", "train.py --stage 2", *["evaluate.py --all-directions"] * 3, "evaluate.py --table"]
+
+
+def test_the_methods_scripts_import_downwards_only():
+    below = {"model.py": {"data"}, "crosslora.py": {"data", "model"}, "data.py": set(), "generate.py": {"data", "model", "crosslora"}}
+    ours = {name.removesuffix(".py") for name in METHOD}
+    for name in METHOD:
+        imports = set(re.findall(r"^\s*(?:from|import) (\w+)", (ROOT / name).read_text(), re.M))
+        assert imports & ours <= below.get(name, {"data", "model", "crosslora", "generate"}), name
+        assert not imports & {"transformers", "peft"}, name
