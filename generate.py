@@ -104,7 +104,7 @@ def load_engine(model, adapter, prompt_format="auto", device="auto"):
         if prompt_format not in ("auto", made_for["prompt_format"]):
             raise UserError(f"--prompt-format {prompt_format}: {adapter} was trained with {made_for['prompt_format']}")
         prompt_format = made_for["prompt_format"]
-    folder = backbone.resolve(model)
+    folder, _ = backbone.resolve(model)
     tokenizer = Tokenizer(folder, backbone.Config.load(folder), prompt_format)
     lm = backbone.load(folder, device, dtype)
     identity = {"backbone": lm.fingerprint(), "adapter": None, "prompt_format": tokenizer.format}

@@ -251,15 +251,19 @@ class CausalLM(nn.Module):
 
 
 def resolve(name):
-    """Folder of a checkpoint: `name` itself if it is one, else the hub repository of that name, downloaded."""
+    """(folder of a checkpoint, its pinned name). `name` is a folder, or a hub repository, as `owner/name` or
+    `owner/name@revision`, which is downloaded; the pinned name is the absolute folder, or the repository at the commit
+    that was got, so that what was made with it can be found again. Raises UserError if there is neither."""
     if Path(name).is_dir():
-        return Path(name)
+        return Path(name), str(Path(name).resolve())
     if Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise UserError(f"{name}: no such folder; --model takes a checkpoint folder or a hub name such as Qwen/Qwen2.5-7B-Instruct")
     from huggingface_hub import snapshot_download  # slow to import, and a local folder needs none of it
 
     try:
-        return Path(snapshot_download(name, allow_patterns=FILES))
+        repository, _, revision = name.partition("@")
+        folder = Path(snapshot_download(repository, revision=revision or None, allow_patterns=FILES))
+        return folder, f"{repository}@{folder.name}"  # the hub's cache names a snapshot's folder by its commit
     except Exception as error:  # many libraries' errors (HTTP, gated, offline), one meaning for the user
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{name}: no such folder, and the hub did not give it ({reason}); check the name, the licence "

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import model as backbone
 from crosslora import ROUTES, CrossLoRA, load_adapter, save_adapter
-from data import (FORMATS, IGNORE, Tokenizer, UserError, claim, collate, encode, epoch_order, file_sha256, group_of,
+from data import (FORMATS, IGNORE, LANGUAGES, Tokenizer, UserError, claim, collate, encode, epoch_order, file_sha256, group_of,
                   read_json, read_jsonl, run_main, write_atomic)
 from generate import DEFAULT_MODEL, device_and_dtype, init_distributed
 
@@ -165,6 +165,56 @@ def read_stage_data(args, languages):
     return *rows, [*train, *dev]
 
 
+def saved_bytes(cfg, rows, tokens, targets, element):
+    """Estimate of what one micro-batch keeps for its backward pass, in bytes: `rows` (R-Drop's copies included) of
+    `tokens` each, `targets` in all, activations of `element` bytes.
+
+    A layer keeps two fp32 norm inputs, attention's q, k, v and output, the dropped inputs of three LoRA branches with
+    their masks, and SwiGLU's three factors; frozen projections keep nothing. The loss keeps about three fp32 copies
+    of its logits beside the logits themselves.
+    """
+    D, F_, heads = cfg.hidden_size, cfg.intermediate_size, 2 * (cfg.num_attention_heads + cfg.num_key_value_heads) * cfg.head_dim
+    layer = D * (2 * 4 + 2 * (1 + element)) + heads * element + F_ * (3 * element + 1 + element)
+    return rows * tokens * cfg.num_hidden_layers * layer + targets * cfg.vocab_size * (3 * 4 + element)
+
+
+def dry_run(args):
+    """Print what a run would be, from config.json alone and, where they are, tokenizer and data: no weights are read."""
+    folder, _ = backbone.resolve(args.model)
+    cfg = backbone.Config.load(folder)
+    languages, examples, source = list(LANGUAGES), None, "Table 5"
+    if (Path(args.data) / "manifest.json").exists():
+        languages = read_json(Path(args.data) / "config.json")["languages"].split(",")
+        rows, _, _ = read_stage_data(args, languages)
+        pairs, source = len(rows), args.data
+        if (folder / "tokenizer.json").exists():
+            examples, dropped = encode(Tokenizer(folder, cfg, args.prompt_format), rows, args.max_length)
+            pairs = len(examples)
+    else:
+        pairs = 10 * 20997 + (20 * 18997 if args.stage == 2 else 0)
+    with torch.device("meta"):
+        adapter = CrossLoRA(cfg, languages, args.rank, args.alpha, args.dropout, args.adapter_type)
+    size = lambda module: sum(p.numel() for p in module.parameters())
+    frozen, trained = size(backbone.build(cfg)), size(adapter)
+    steps = math.ceil(pairs / args.batch_size)
+    print(f"backbone:   {frozen:,} parameters, frozen")
+    print(f"adapter:    {trained:,} parameters, trained: {trained / frozen:.2%} of the backbone, {trained / (frozen + trained):.2%} of the total")
+    print(f"steps:      {steps:,} an epoch, {min(args.epochs * steps, args.max_steps or math.inf):,} in all; {pairs:,} pairs ({source}) in batches of {args.batch_size}")
+    if examples is None:
+        print("tokens:     unknown without --data from data.py and the checkpoint's tokenizer.json")
+        length, targets = args.max_length, args.max_length // 2
+    else:
+        lengths, counts = [len(e.ids) for e in examples], [target_count(e) for e in examples]
+        length, targets = sum(lengths) // pairs, sum(counts) // pairs
+        print(f"tokens:     {sum(lengths):,} an epoch, {sum(counts):,} of them targets; {length} a pair, longest {max(lengths)}; {dropped} pairs dropped")
+    passes = 2 if args.rdrop_alpha > 0 else 1
+    for what, element in (("bf16 backbone (GPU)", 2), ("fp32 backbone (CPU)", 4)):
+        parts = [frozen * element, 16 * trained, args.micro_batch_size * passes * trained // len(languages) * element,
+                 saved_bytes(cfg, args.micro_batch_size * passes, length, args.micro_batch_size * passes * targets, element)]
+        print(f"memory:     {sum(parts) / 2**30:.1f} GiB a process, {what}: weights {parts[0] / 2**30:.1f}, adapter with gradient and Adam {parts[1] / 2**30:.1f}, "
+              f"gathered experts {parts[2] / 2**30:.1f}, activations {parts[3] / 2**30:.1f} ({args.micro_batch_size} pairs of {length} tokens)")
+
+
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", type=int, choices=[1, 2], required=True, help="section 3.3")
@@ -193,6 +243,7 @@ def parse_args():
     parser.add_argument("--save-every", type=int, default=200, help="steps between checkpoints")
     parser.add_argument("--log-every", type=int, default=10, help="steps between lines of metrics.jsonl")
     parser.add_argument("--prompt-format", default="auto", choices=["auto", *FORMATS], help="auto: the tokenizer's own chat format")
+    parser.add_argument("--dry-run", action="store_true", help="print sizes, steps and expected memory from config.json alone, and stop")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     args = parser.parse_args()
@@ -218,14 +269,18 @@ def main():
                         f"{args.micro_batch_size} x a whole number of accumulation steps")
     accumulation = args.batch_size // (ranks.world * args.micro_batch_size)
     device, dtype = device_and_dtype(args.device)
+    if args.dry_run:
+        if chief:
+            dry_run(args)
+        return
 
     if not (Path(args.data) / "manifest.json").exists():
         raise UserError(f"{args.data}: no manifest.json in it; --data takes a folder that data.py has finished")
     languages = read_json(Path(args.data) / "config.json")["languages"].split(",")
     train_rows, dev_rows, files = read_stage_data(args, languages)
-    folder = backbone.resolve(args.model)
+    folder, pinned = backbone.resolve(args.model)
     tokenizer = Tokenizer(folder, backbone.Config.load(folder), args.prompt_format)
-    where = ("out", "micro_batch_size", "device")  # may change between a stop and its resumption
+    where = ("out", "micro_batch_size", "device", "dry_run")  # may change between a stop and its resumption
     config = {k: v for k, v in vars(args).items() if k not in where}
     config.update(languages=languages, prompt_format=tokenizer.format, tokenizer_sha256=tokenizer.sha256,
                   files={f.name: file_sha256(f) for f in files})
@@ -317,8 +372,7 @@ def main():
             better = not dev or report["loss"] < best
             best = min(best, report["loss"]) if dev else best
             if chief and (args.keep == "last" or better):
-                name = folder.resolve() if Path(args.model).is_dir() else args.model  # from any working directory
-                description = adapter.describe(name, fingerprint, tokenizer.format, tokenizer.sha256, args.seed, step)
+                description = adapter.describe(pinned, fingerprint, tokenizer.format, tokenizer.sha256, args.seed, step)
                 save_adapter(adapter, description, out / "adapter")
         if chief and (step % args.save_every == 0 or step % steps_per_epoch == 0 or step == total):
             save_checkpoint(out / "checkpoint.pt", adapter, optimizer, step, best, log, fingerprint)

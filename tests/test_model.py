@@ -130,6 +130,19 @@ def test_fingerprint_tells_weights_apart_but_not_precisions(checkpoint, tmp_path
     assert lm.fingerprint() != backbone.load(other).fingerprint()
 
 
+def test_a_hub_model_is_pinned_to_the_commit_it_was_got_at(monkeypatch, tmp_path, checkpoint):
+    import huggingface_hub
+
+    asked = []
+    snapshot = tmp_path / "models--a--b" / "snapshots" / "0123abc"
+    snapshot.mkdir(parents=True)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **kwargs: asked.append((name, kwargs["revision"])) or str(snapshot))
+    assert backbone.resolve("a/b") == (snapshot, "a/b@0123abc")
+    assert backbone.resolve("a/b@0123abc") == (snapshot, "a/b@0123abc")
+    assert asked == [("a/b", None), ("a/b", "0123abc")]
+    assert backbone.resolve(str(checkpoint)) == (checkpoint, str(checkpoint.resolve()))
+
+
 def test_unknown_folder_and_unreachable_hub(monkeypatch):
     with pytest.raises(UserError, match="no such folder"):
         backbone.resolve("./nowhere")

@@ -20,7 +20,7 @@ from conftest import ROOT, TORCHRUN, randomise, read_rows, refuses, run
 from crosslora import CrossLoRA
 from data import LANGUAGES, Tokenizer, encode, write_jsonl
 from generate import Ranks
-from train import backward, denominator, evaluate_dev, forward_sums, lr_factor, rdrop_sums
+from train import backward, denominator, evaluate_dev, forward_sums, lr_factor, rdrop_sums, saved_bytes
 
 
 def test_rdrop_equals_the_equations_written_out():
@@ -137,6 +137,25 @@ def test_a_training_step_is_eq_9_over_two_different_passes(checkpoint, sentences
         assert torch.allclose(ours[name], g, rtol=1e-2, atol=1e-3 * float(g.abs().max()) + 1e-7), name
 
 
+def test_precision_bf16_backbone_fp32_everything_trained(checkpoint, sentences):
+    """As on a GPU: activations in bf16; adapter, its gradients and moments, log-softmax and loss in fp32."""
+    lm = backbone.load(checkpoint, dtype=torch.bfloat16)
+    torch.manual_seed(0)
+    adapter = randomise(CrossLoRA(lm.cfg, list(LANGUAGES), rank=4, alpha=8, dropout=0.0))
+    examples = encode(Tokenizer(checkpoint, lm.cfg), sentences[:32])[0]
+    seen = []
+    lm.model.norm.register_forward_hook(lambda m, i, o: seen.append(o.dtype))
+    sums = backward(lm, adapter, examples, settings(), Ranks(0, 1), torch.bfloat16)
+    assert set(seen) == {torch.bfloat16} and sums.dtype == torch.float32
+    optimizer = torch.optim.AdamW(adapter.parameters(), fused=True)
+    optimizer.step()
+    for p in adapter.parameters():
+        assert p.dtype == torch.float32 and (p.grad is None or p.grad.dtype == torch.float32)
+        assert all(v.dtype == torch.float32 for v in optimizer.state[p].values())
+    exact, _ = one_process(checkpoint, sentences, 4)
+    assert math.isclose(sums[0], exact[0], rel_tol=0.02)  # bf16 keeps 8 bits; the random model exaggerates them
+
+
 def test_rdrop_passes_differ_and_none_is_run_without_it(checkpoint, sentences):
     lm, adapter, examples = setup(checkpoint, sentences, dropout=0.3)
     assert forward_sums(lm, adapter, examples[:4], torch.float32, rdrop=True, dropout=True)[1] > 1e-3
@@ -150,11 +169,11 @@ def test_rdrop_passes_differ_and_none_is_run_without_it(checkpoint, sentences):
 def test_dev_loss_by_group(checkpoint, sentences):
     lm, adapter, examples = setup(checkpoint, sentences, dropout=0.2)
     report = evaluate_dev(lm, adapter, examples, settings(), Ranks(0, 1), torch.float32)
-    nll = sum(float(forward_sums(lm, adapter, [e], torch.float32, False, False)[0]) for e in examples)
+    nll = sum(forward_sums(lm, adapter, [e], torch.float32, False, False)[0].item() for e in examples)
     assert math.isclose(report["nll"], nll / denominator(examples, "tokens"), rel_tol=1e-4)
     assert math.isclose(report["loss"], report["nll"] + 0.1 * report["kl"], abs_tol=2e-6) and report["kl"] > 0
     english = [e for e in examples if "en" in (e.src_lang, e.tgt_lang)]
-    nll = sum(float(forward_sums(lm, adapter, [e], torch.float32, False, False)[0]) for e in english)
+    nll = sum(forward_sums(lm, adapter, [e], torch.float32, False, False)[0].item() for e in english)
     assert math.isclose(report["english"]["nll"], nll / denominator(english, "tokens"), rel_tol=1e-4)
     assert report == evaluate_dev(lm, adapter, examples, settings(), Ranks(0, 1), torch.float32)
 
@@ -315,3 +334,39 @@ def test_bad_input_is_one_line_before_any_work(checkpoint, data, adapter_folder,
     lines = len(read_rows(data / "stage1.train.jsonl"))
     refuses(*command(checkpoint, broken, out), says=f"stage1.train.jsonl:{lines + 1}: not a JSON object")
     assert not out.exists()
+
+
+def test_expected_memory_is_what_autograd_keeps(checkpoint, sentences):
+    """The dry run's estimate against the bytes that a micro-batch really keeps for its backward pass."""
+    lm, adapter, examples = setup(checkpoint, sentences, dropout=0.1)
+    examples = [e for e in examples if abs(len(e.ids) - len(examples[0].ids)) < 30][:8]
+    own = {p.untyped_storage().data_ptr() for p in [*lm.parameters(), *adapter.parameters()]}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        nll, kl = forward_sums(lm, adapter, examples, torch.float32, rdrop=True, dropout=True)
+    real = sum(size for size, _ in kept.values())
+    T, targets = max(len(e.ids) for e in examples) - 1, 2 * sum(len(e.ids) - e.prompt_length for e in examples)
+    assert 0.7 < saved_bytes(lm.cfg, 16, T, targets, 4) / real < 1.4
+
+
+@pytest.mark.parametrize("name, frozen, trained", [("llama3", 8_030_261_248, 169_869_312), ("qwen2.5", 7_615_616_512, 181_665_792)])
+def test_dry_run_of_the_papers_backbones(name, frozen, trained, shared, tmp_path):
+    """From config.json alone: published parameter counts, the adapter's by hand, Table 5's pairs in batches of 32."""
+    shutil.copy(shared / "tokenizers" / name / "config.json", tmp_path)
+    out = run(ROOT / "train.py", "--stage", 2, "--dry-run", "--model", tmp_path, "--data", tmp_path / "none").stdout
+    assert f"{frozen:,} parameters, frozen" in out and f"{trained:,} parameters, trained" in out
+    assert f"{math.ceil((10 * 20997 + 20 * 18997) / 32):,} an epoch" in out and "memory" in out
+    assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_dry_run_counts_what_training_sees(checkpoint, data, tmp_path):
+    out = run(*command(checkpoint, data, tmp_path / "out", "--dry-run")).stdout
+    lengths = [len(e.ids) for e in encode(Tokenizer(checkpoint, backbone.Config.load(checkpoint)), read_rows(data / "stage1.train.jsonl"))[0]]
+    assert f"{sum(lengths):,} an epoch" in out and f"longest {max(lengths)}" in out and not (tmp_path / "out").exists()
