@@ -27,7 +27,7 @@ TINY_DECODE = --max-new-tokens 48 --batch-size 128
 tiny: .venv/installed
 	$(PYTHON) examples/tiny/world.py --out $(T)/world --dev 50 --test 100
 	$(PYTHON) examples/tiny/pretrain.py --world $(T)/world --out $(T)/backbone
-	$(PYTHON) data.py --data $(T)/world --out $(T)/data --train-pairs 300 --dev-pairs 20 --test-pairs 50
+	$(PYTHON) data.py --data $(T)/world --out $(T)/data --languages en,de,is,cs,ru,zh --train-pairs 300 --dev-pairs 20 --test-pairs 50
 	$(CPUS) train.py --stage 1 $(TINY_TRAIN) --out $(T)/stage1
 	$(CPUS) pivot.py --adapter $(T)/stage1/adapter --data $(T)/data --out $(T)/pseudo --pairs 300 $(TINY_DECODE)
 	$(CPUS) train.py --stage 2 $(TINY_TRAIN) --pseudo $(T)/pseudo --out $(T)/stage2

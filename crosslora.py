@@ -102,11 +102,11 @@ class CrossLoRA(nn.Module):
         device = next(self.parameters()).device
         return present, torch.tensor([present.index(name) for name in names], device=device)
 
-    def describe(self, backbone, fingerprint, prompt_format, tokenizer_sha256, seed, steps):
+    def describe(self, backbone_name, fingerprint, prompt_format, tokenizer_sha256, seed, steps):
         """The content of adapter.json: all that is needed to rebuild the adapter and to refuse a wrong backbone."""
         return {
             "variant": self.variant, "languages": self.languages, "rank": self.rank, "alpha": self.alpha,
-            "dropout": self.dropout, "target_modules": list(TARGET_MODULES), "backbone": str(backbone),
+            "dropout": self.dropout, "target_modules": list(TARGET_MODULES), "backbone": str(backbone_name),
             "backbone_fingerprint": fingerprint, "prompt_format": prompt_format, "tokenizer_sha256": tokenizer_sha256,
             "seed": seed, "steps": steps,
         }
@@ -172,7 +172,11 @@ def export_peft(folder, src_lang, tgt_lang, out):
             raise UserError(f"{folder}: no expert for {lang!r}; it has {', '.join(description['languages'])}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: exists already; choose another --peft or remove it")
+    if src_lang == tgt_lang:
+        raise UserError(f"--src and --tgt are both {src_lang}")
     a, b = ROUTES[description["variant"]](src_lang, tgt_lang)
+    pinned = description["backbone"]  # as model.resolve names it
+    repository, revision = pinned.split("@", 1) if "@" in pinned and not Path(pinned).is_absolute() else (pinned, None)
     tensors = {}
     for name, tensor in read_tensors(Path(folder) / "adapter.safetensors").items():
         _, layer, module, side, expert = name.split(".")  # layers.0.gate_proj.lora_A.de
@@ -180,7 +184,7 @@ def export_peft(folder, src_lang, tgt_lang, out):
             tensors[f"base_model.model.model.layers.{layer}.mlp.{module}.{side}.weight"] = tensor
     out.mkdir(parents=True, exist_ok=True)
     save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": description["backbone"],
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": repository, "revision": revision,
               "r": description["rank"], "lora_alpha": description["alpha"], "lora_dropout": description["dropout"],
               "target_modules": description["target_modules"], "bias": "none", "fan_in_fan_out": False, "inference_mode": True}
     write_atomic(out / "adapter_config.json", json.dumps(config, indent=2) + "\n")

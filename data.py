@@ -23,7 +23,7 @@ import torch
 
 class Language(NamedTuple):
     name: str  # as the prompt spells it
-    flores: str  # FLORES-200 code
+    flores: str
     bleu: str  # sacrebleu tokenizer when it is the target
 
 
@@ -58,7 +58,7 @@ def run_main(main):
     try:
         main()
     except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # every rank of a machine sees the same files: say it once
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # every rank of a machine sees the same files
             print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -77,17 +77,20 @@ def write_jsonl(path, rows):
     write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def file_sha256(path):
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-
-
 def read_json(path):
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None
     except ValueError as error:
         raise UserError(f"{path}: not JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not a JSON object")
+    return content
+
+
+def file_sha256(path):
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def read_lines(path):
@@ -148,16 +151,19 @@ def claim(folder, config, write=True):
         if differ:
             more = f"; and {len(differ) - 3} more" if len(differ) > 3 else ""
             raise UserError(f"{folder}: holds a run with other settings ({'; '.join(differ[:3])}{more}); choose another --out or remove it")
-    elif folder.is_dir() and any(not p.name.endswith((".tmp", ".lock")) for p in folder.iterdir()):
+    elif folder.exists() and not folder.is_dir() or folder.is_dir() and any(not p.name.endswith((".tmp", ".lock")) for p in folder.iterdir()):
         raise UserError(f"{folder}: not empty and not a run of this script; choose another --out")
     if not write:
         return None
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = open(folder / ".lock", "w")
     try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "w")
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         raise UserError(f"{folder}: another process is at work in it (workers outlive a killed torchrun; end them first)") from None
+    except OSError as error:
+        raise UserError(f"{folder}: {error.strerror or error}") from None
+    claim(folder, config, write=False)  # again, now that nobody else can write
     if not path.exists():
         write_atomic(path, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
     return lock
@@ -165,18 +171,17 @@ def claim(folder, config, write=True):
 
 def parse_languages(text):
     codes = [code.strip() for code in text.split(",")]
-    for code in codes:
-        if code not in LANGUAGES:
-            raise UserError(f"unknown language {code!r}; known: {', '.join(LANGUAGES)}")
-    if len(set(codes)) != len(codes) or PIVOT not in codes:
-        raise UserError(f"--languages {text}: each language once, {PIVOT} among them")
+    unknown = [code for code in codes if code not in LANGUAGES]
+    if unknown:
+        raise UserError(f"unknown language {unknown[0]!r}; known: {', '.join(LANGUAGES)}")
+    if len(set(codes)) < max(2, len(codes)) or PIVOT not in codes:
+        raise UserError(f"--languages {text}: at least two, each once, {PIVOT} among them")
     return codes
 
 
 def all_directions(languages):
     """All n(n-1) ordered pairs, English-centric ones first."""
-    pairs = [(s, t) for s in languages for t in languages if s != t]
-    return sorted(pairs, key=lambda pair: PIVOT not in pair)
+    return sorted(((s, t) for s in languages for t in languages if s != t), key=lambda pair: PIVOT not in pair)
 
 
 def group_of(src_lang, tgt_lang):
@@ -240,7 +245,7 @@ class Tokenizer:
 
 class Example(NamedTuple):
     ids: np.ndarray  # (T,) int32: prompt, target, end of turn
-    prompt_length: int  # labels start here
+    prompt_length: int
     src_lang: str
     tgt_lang: str
 
@@ -248,15 +253,13 @@ class Example(NamedTuple):
 def encode(tokenizer, pairs, max_length=512):
     """Sentence pairs -> (examples, number dropped). A pair longer than `max_length` tokens (section A.1), prompt and
     end of turn included, is dropped rather than cut: half a translation teaches stopping early."""
-    examples, dropped = [], 0
+    examples = []
     for pair in pairs:
         prompt = tokenizer.prompt(pair["src_lang"], pair["tgt_lang"], pair["src"])
         ids = prompt + tokenizer.ids(pair["tgt"].strip()) + [tokenizer.stop_ids[0]]
-        if len(ids) > max_length:
-            dropped += 1
-        else:
-            examples.append(Example(np.array(ids, dtype=np.int32), len(prompt), pair["src_lang"], pair["tgt_lang"]))
-    return examples, dropped
+        examples.append(Example(np.array(ids, dtype=np.int32), len(prompt), pair["src_lang"], pair["tgt_lang"]))
+    kept = [example for example in examples if len(example.ids) <= max_length]
+    return kept, len(examples) - len(kept)
 
 
 def collate(examples):
@@ -323,7 +326,7 @@ def prepare(root, languages, train_pairs, dev_pairs, test_pairs, seed):
     One sample of `train_pairs` a language serves both directions; what is left of the training set is the pivot's
     source. Empty lines, repeated pairs and pairs with a side in a dev or test set are left out and counted.
     """
-    flores_dev, flores_test = (read_flores(root, languages, split) for split in ("dev", "devtest"))
+    flores_dev, flores_test = read_flores(root, languages, "dev"), read_flores(root, languages, "devtest")
     held_out = {code: {row[i] for row in flores_test} for i, code in enumerate(languages)}
     files = {name: [] for name in ("stage1.train", "stage1.dev", "test", "stage2.flores", "pivot.source")}
     report, corpora = {}, {}
@@ -334,17 +337,17 @@ def prepare(root, languages, train_pairs, dev_pairs, test_pairs, seed):
                 held_out[PIVOT].add(en)
                 held_out[lang].add(x)
     for lang, splits in corpora.items():
-        kept, seen, count = [], set(), dict(read=len(splits["train"]), empty=0, repeated=0, in_dev_or_test=0)
+        kept, count = {}, dict(read=len(splits["train"]), empty=0, repeated=0, in_dev_or_test=0)
         for en, x in splits["train"]:
             if not en or not x:
                 count["empty"] += 1
-            elif (en, x) in seen:
+            elif (en, x) in kept:
                 count["repeated"] += 1
             elif en in held_out[PIVOT] or x in held_out[lang]:
                 count["in_dev_or_test"] += 1
             else:
-                seen.add((en, x))
-                kept.append((en, x))
+                kept[en, x] = None
+        kept = list(kept)
         random.Random(f"{seed} {lang}").shuffle(kept)
         sample, trained_on = kept[:train_pairs], {x for _, x in kept[:train_pairs]}
         rest = [(en, x) for en, x in kept[train_pairs:] if x not in trained_on]
@@ -373,8 +376,7 @@ def main():
     parser.add_argument("--test-pairs", type=int, default=2000, help="test pairs a direction at most (Table 5; FLORES-200 has 1,012)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    languages = parse_languages(args.languages)
-    args.languages = ",".join(languages)
+    args.languages = ",".join(languages := parse_languages(args.languages))
     if min(args.train_pairs, args.dev_pairs, args.test_pairs) < 0:
         raise UserError("--train-pairs, --dev-pairs and --test-pairs can't be negative")
     out, config = Path(args.out), {k: v for k, v in vars(args).items() if k != "out"}
@@ -382,18 +384,16 @@ def main():
     if (out / "manifest.json").exists():
         return print(f"{out}: prepared already")
     files, report = prepare(args.data, languages, args.train_pairs, args.dev_pairs, args.test_pairs, args.seed)
-    lock = claim(out, config)
-    manifest = {"corpora": report, "files": {}}
-    for name, rows in files.items():
-        write_jsonl(out / f"{name}.jsonl", rows)
-        manifest["files"][f"{name}.jsonl"] = {"pairs": len(rows), "sha256": file_sha256(out / f"{name}.jsonl")}
+    manifest, _lock = {"corpora": report, "files": {}}, claim(out, config)
+    for name, rows in ((f"{name}.jsonl", rows) for name, rows in files.items()):
+        write_jsonl(out / name, rows)
+        manifest["files"][name] = {"pairs": len(rows), "sha256": file_sha256(out / name)}
     write_atomic(out / "manifest.json", json.dumps(manifest, indent=2) + "\n")
     for lang, count in report.items():
         short = f"  (asked for {args.train_pairs})" if count["stage1"] < args.train_pairs else ""
         print(f"{PIVOT}-{lang}: " + ", ".join(f"{k} {v}" for k, v in count.items()) + short)
     for name, entry in manifest["files"].items():
         print(f"{out / name}: {entry['pairs']} pairs")
-    lock.close()
 
 
 if __name__ == "__main__":

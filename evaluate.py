@@ -15,9 +15,8 @@ from pathlib import Path
 from sacrebleu.metrics import BLEU
 from tqdm import tqdm
 
-from data import (LANGUAGES, UserError, all_directions, claim, file_sha256, group_of, read_json, read_jsonl, run_main,
-                  write_atomic)
-from generate import (add_engine_arguments, check_counts, init_distributed, language_identifier, load_engine, markdown,
+from data import LANGUAGES, UserError, all_directions, file_sha256, group_of, read_json, read_jsonl, run_main, write_atomic
+from generate import (add_engine_arguments, check_counts, claim_run, init_distributed, language_identifier, load_engine, markdown,
                       translate_jsonl)
 
 COLUMNS = {"english": "English-centric", "non_english": "non-English-centric", "average": "Average"}
@@ -109,6 +108,8 @@ def main():
         raise UserError("either --all-directions or --directions de-zh,... is needed")
     if args.out is None:
         raise UserError("--out is needed: the folder for hypotheses and scores")
+    if args.hypotheses and (args.adapter or args.model):
+        raise UserError("--hypotheses scores what is there; --adapter and --model have no part in it")
     wanted, out, source = args.directions or "all", Path(args.out), args.hypotheses or args.test
     ranks = init_distributed(args.device)
     pairs = read_jsonl(source, need=("tgt",), text=("hyp",)) if args.hypotheses else read_jsonl(source)
@@ -120,16 +121,15 @@ def main():
         engine = load_engine(args.model, args.adapter, args.prompt_format, args.device)
         strangers = sorted({lang for pair in rows for lang in pair} - set(engine.languages))
         if strangers:
-            raise UserError(f"{args.adapter}: no expert for {', '.join(strangers)}; it has {', '.join(engine.languages)}")
+            raise UserError(f"{args.adapter or args.model}: no expert for {', '.join(strangers)}; it has {', '.join(engine.languages)}")
         config.update(engine.identity, max_new_tokens=args.max_new_tokens)
-    lock = claim(out, config) if ranks.rank == 0 else None
-    ranks.barrier()
+    identify = language_identifier(LANGUAGES)
+    lock = claim_run(out, config, ranks)
     if engine is not None:
         flat = translate_jsonl(engine, flat, out / "hypotheses.jsonl", args.batch_size, args.max_new_tokens, ranks, out.name)
         rows = choose(flat, source, wanted)
     if lock is None:
         return  # scoring is the first rank's
-    identify = language_identifier(LANGUAGES)
     directions = {}
     for (src_lang, tgt_lang), part in tqdm(rows.items(), desc="scoring", disable=None):
         directions[f"{src_lang}-{tgt_lang}"] = score(part, tgt_lang, identify)

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import model as backbone
 from crosslora import load_adapter, read_description
-from data import LANGUAGES, FORMATS, Tokenizer, UserError, file_sha256, read_jsonl, run_main, write_atomic
+from data import LANGUAGES, FORMATS, Tokenizer, UserError, claim, file_sha256, read_jsonl, run_main, write_atomic
 
 DEFAULT_MODEL = "meta-llama/Meta-Llama-3-8B-Instruct"  # section 4.2; Qwen/Qwen2.5-7B-Instruct is the other
 
@@ -41,6 +41,9 @@ def language_identifier(languages):
     from langid.langid import LanguageIdentifier, model  # unpacks its model on import
 
     identifier = LanguageIdentifier.from_modelstring(model)
+    unknown = sorted(set(languages) - set(identifier.nb_classes))
+    if unknown:
+        raise UserError(f"langid does not know {', '.join(unknown)}: off-target output can't be told")
     identifier.set_languages(list(languages))
     return lambda text: identifier.classify(text)[0]
 
@@ -70,6 +73,21 @@ def init_distributed(device):
         dist.init_process_group("nccl" if cuda else "gloo")
         atexit.register(dist.destroy_process_group)
     return Ranks(int(os.environ.get("RANK", "0")), world)
+
+
+def claim_run(folder, config, ranks):
+    """data.claim by the first rank, and its refusal on every rank. Returns the lock, None on the others."""
+    lock, refusal = None, [None]
+    if ranks.rank == 0:
+        try:
+            lock = claim(folder, config)
+        except UserError as error:
+            refusal = [str(error)]
+    if ranks.world > 1:
+        dist.broadcast_object_list(refusal)
+    if refusal[0]:
+        raise UserError(refusal[0])
+    return lock
 
 
 def device_and_dtype(device):
@@ -141,7 +159,7 @@ def translate_batch(engine, rows, max_new_tokens):
     hidden = lm(tokens.to(device), lora, torch.arange(T, device=device).expand(B, T), cache, slots=T)  # (B, T, D)
     position = torch.tensor([len(prompts[row]) for row in alive], device=device)  # (B,) where each row's next token goes
     last = hidden[torch.arange(B, device=device), position - 1]  # (B, D)
-    for slots in itertools.count(T + 1):
+    for slots in itertools.count(T + 1):  # room for the longest row's next token; shorter rows' masks hide the rest
         token = lm.head(last).argmax(-1)  # (B, V) -> (B,)
         for row, t in zip(alive, token.tolist()):
             if finish[row] == "length" and len(outputs[row]) < room[row]:
@@ -183,7 +201,7 @@ def translate_jsonl(engine, rows, out, batch_size, max_new_tokens, ranks, desc):
         ranks.barrier()  # nobody writes before everybody has read
         order = sorted(range(len(rows)), key=lambda i: (-len(rows[i]["src"]), i))
         batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-        mine = [b for b in batches[ranks.rank :: ranks.world] if not all(i in done for i in b)]
+        mine = [b for b in batches if not all(i in done for i in b)][ranks.rank :: ranks.world]
         part = out.with_name(f"{stem}-{ranks.rank}")
         with open(part, "ab") as file, tqdm(total=sum(map(len, mine)), desc=desc, unit="sent", disable=ranks.rank > 0 or None) as bar:
             file.truncate(read_part(part)[1])
@@ -210,7 +228,7 @@ def add_engine_arguments(parser):
     parser.add_argument("--model", help="backbone: checkpoint folder or hub name; default: the one the adapter was made for")
     parser.add_argument("--adapter", help="adapter folder that train.py wrote; without it the bare backbone translates")
     parser.add_argument("--prompt-format", default="auto", choices=["auto", *FORMATS], help="auto: the adapter's, else the tokenizer's own chat format")
-    parser.add_argument("--batch-size", type=int, default=32, help="sentences decoded together; does not change results")
+    parser.add_argument("--batch-size", type=int, default=32, help="sentences decoded together; in fp32 it does not change results")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="longer outputs are cut off and say so")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
 
@@ -245,7 +263,13 @@ def main():
                 raise UserError(f"{flag} {code}: unknown language; known: {', '.join(LANGUAGES)}")
         if args.src == args.tgt:
             raise UserError(f"--src and --tgt are both {args.src}")
-        lines = [args.text] if args.text is not None else sys.stdin.read().removesuffix("\n").split("\n")
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UserError("a text or stdin is work for one process; under torchrun give --input and --output")
+        try:
+            lines = [args.text] if args.text is not None else sys.stdin.buffer.read().decode().removesuffix("\n").split("\n")
+            "".join(lines).encode()
+        except UnicodeError:
+            raise UserError("the text is not UTF-8") from None
         rows = [{"src_lang": args.src, "tgt_lang": args.tgt, "src": line} for line in lines]
     ranks = init_distributed(args.device)
     engine = load_engine(args.model, args.adapter, args.prompt_format, args.device)
@@ -254,8 +278,6 @@ def main():
             raise UserError(f"{args.adapter}: no expert for {lang!r}; it has {', '.join(engine.languages)}")
     if args.input is not None:
         done = translate_jsonl(engine, rows, args.output, args.batch_size, args.max_new_tokens, ranks, "translating")
-    elif ranks.rank > 0:
-        return
     else:
         full = [r for r in rows if r["src"].strip()]  # an empty line stays an empty line
         results = []

@@ -21,6 +21,7 @@ from torch import nn
 
 from data import UserError, read_json, write_atomic
 
+ROPE_KEYS = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}  # Llama-3.1's
 FILES = ["config.json", "tokenizer.json", "*.safetensors", "model.safetensors.index.json"]
 
 
@@ -57,7 +58,7 @@ class Config:
             "attention_bias": raw.get("attention_bias", False),
             "mlp_bias": raw.get("mlp_bias", False),
             "use_sliding_window": raw.get("use_sliding_window", False),
-            "rope_scaling": kind not in ("default", "llama3"),
+            "rope_scaling": kind not in ("default", "llama3") or kind == "llama3" and not ROPE_KEYS <= set(rope),
         }
         for key, bad in unsupported.items():
             if bad:
@@ -150,6 +151,8 @@ class Attention(nn.Module):
         self.head_dim = cfg.head_dim
 
     def forward(self, x, cos, sin, store, mask):
+        """x, result (B, T, D). store(k, v) puts the new keys and values into the cache and returns all that are there,
+        None without a cache; mask (B, 1, T, S) goes with it, without it attention is causal over x."""
         heads = (*x.shape[:2], -1, self.head_dim)
         q = self.q_proj(x).view(heads).transpose(1, 2)  # (B, T, H*K) -> (B, H, T, K)
         k = self.k_proj(x).view(heads).transpose(1, 2)  # (B, T, G*K) -> (B, G, T, K)
@@ -250,19 +253,20 @@ class CausalLM(nn.Module):
         return digest.hexdigest()[:16]
 
 
-def resolve(name):
+def resolve(name, files=FILES):
     """(folder of a checkpoint, its pinned name). `name` is a folder, or a hub repository, as `owner/name` or
     `owner/name@revision`, which is downloaded; the pinned name is the absolute folder, or the repository at the commit
-    that was got, so that what was made with it can be found again. Raises UserError if there is neither."""
+    that was got, so that what was made with it can be found again. `files` are the patterns to download. Raises
+    UserError if there is neither."""
     if Path(name).is_dir():
         return Path(name), str(Path(name).resolve())
-    if Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
+    if Path(name).exists() or name.startswith((".", "/", "~")) or name.partition("@")[0].count("/") != 1:
         raise UserError(f"{name}: no such folder; --model takes a checkpoint folder or a hub name such as Qwen/Qwen2.5-7B-Instruct")
     from huggingface_hub import snapshot_download  # slow to import, and a local folder needs none of it
 
     try:
         repository, _, revision = name.partition("@")
-        folder = Path(snapshot_download(repository, revision=revision or None, allow_patterns=FILES))
+        folder = Path(snapshot_download(repository, revision=revision or None, allow_patterns=files))
         return folder, f"{repository}@{folder.name}"  # the hub's cache names a snapshot's folder by its commit
     except Exception as error:  # many libraries' errors (HTTP, gated, offline), one meaning for the user
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -15,8 +15,8 @@ import random
 from collections import Counter
 from pathlib import Path
 
-from data import PIVOT, UserError, claim, file_sha256, pair_row, read_jsonl, run_main, write_atomic, write_jsonl
-from generate import (add_engine_arguments, check_counts, init_distributed, language_identifier, load_engine, markdown,
+from data import PIVOT, UserError, file_sha256, pair_row, read_jsonl, run_main, write_atomic, write_jsonl
+from generate import (add_engine_arguments, check_counts, claim_run, init_distributed, language_identifier, load_engine, markdown,
                       translate_jsonl)
 
 RULES = ("empty", "cut_off", "off_target", "length_ratio", "duplicate")
@@ -72,11 +72,10 @@ def main():
     engine = load_engine(args.model, args.adapter, args.prompt_format, args.device)
     others = [lang for lang in engine.languages if lang != PIVOT]
     if len(others) < 2:
-        raise UserError(f"{args.adapter}: knows {', '.join(engine.languages)}; a pivot needs two languages beside {PIVOT}")
+        raise UserError(f"{args.adapter or args.model}: knows {', '.join(engine.languages)}; a pivot needs two languages beside {PIVOT}")
     config = {**engine.identity, "pairs": args.pairs, "dev_share": args.dev_share, "max_ratio": args.max_ratio, "seed": args.seed,
               "max_new_tokens": args.max_new_tokens, "source_sha256": file_sha256(source_file)}
-    lock = claim(out, config) if ranks.rank == 0 else None
-    ranks.barrier()
+    lock = claim_run(out, config, ranks)
     if (out / "report.json").exists():
         if ranks.rank == 0:
             print(f"{out}: made already\n" + (out / "report.md").read_text(encoding="utf-8"), end="")

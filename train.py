@@ -23,7 +23,7 @@ import model as backbone
 from crosslora import ROUTES, CrossLoRA, load_adapter, save_adapter
 from data import (FORMATS, IGNORE, LANGUAGES, Tokenizer, UserError, claim, collate, encode, epoch_order, file_sha256, group_of,
                   read_json, read_jsonl, run_main, write_atomic)
-from generate import DEFAULT_MODEL, device_and_dtype, init_distributed
+from generate import DEFAULT_MODEL, claim_run, device_and_dtype, init_distributed
 
 
 def rdrop_sums(logits1, logits2, labels):
@@ -179,17 +179,20 @@ def saved_bytes(cfg, rows, tokens, targets, element):
 
 
 def dry_run(args):
-    """Print what a run would be, from config.json alone and, where they are, tokenizer and data: no weights are read."""
-    folder, _ = backbone.resolve(args.model)
+    """Print what a run would be, from config.json alone and, where they are, tokenizer and data: no weights are read.
+    Without prepared data (in Stage 2: without --pseudo) it counts Table 5's pairs."""
+    folder, _ = backbone.resolve(args.model, ["config.json", "tokenizer.json"])
     cfg = backbone.Config.load(folder)
     languages, examples, source = list(LANGUAGES), None, "Table 5"
-    if (Path(args.data) / "manifest.json").exists():
+    if (Path(args.data) / "manifest.json").exists() and (args.stage == 1 or args.pseudo):
         languages = read_json(Path(args.data) / "config.json")["languages"].split(",")
         rows, _, _ = read_stage_data(args, languages)
         pairs, source = len(rows), args.data
         if (folder / "tokenizer.json").exists():
             examples, dropped = encode(Tokenizer(folder, cfg, args.prompt_format), rows, args.max_length)
             pairs = len(examples)
+            if not examples:
+                raise UserError(f"{args.data}: no training pair fits --max-length {args.max_length}")
     else:
         pairs = 10 * 20997 + (20 * 18997 if args.stage == 2 else 0)
     with torch.device("meta"):
@@ -205,13 +208,14 @@ def dry_run(args):
         length, targets = args.max_length, args.max_length // 2
     else:
         lengths, counts = [len(e.ids) for e in examples], [target_count(e) for e in examples]
-        length, targets = sum(lengths) // pairs, sum(counts) // pairs
-        print(f"tokens:     {sum(lengths):,} an epoch, {sum(counts):,} of them targets; {length} a pair, longest {max(lengths)}; {dropped} pairs dropped")
+        length, targets = max(lengths), max(counts)  # rows are sorted by length, so the worst micro-batch is all long ones
+        print(f"tokens:     {sum(lengths):,} an epoch, {sum(counts):,} of them targets; {sum(lengths) / pairs:.1f} a pair, longest {length}; {dropped} pairs dropped")
     passes = 2 if args.rdrop_alpha > 0 else 1
     for what, element in (("bf16 backbone (GPU)", 2), ("fp32 backbone (CPU)", 4)):
+        # fp32 weight, gradient and two moments are 16 bytes a trained parameter; an expert of A and of B is gathered a row
         parts = [frozen * element, 16 * trained, args.micro_batch_size * passes * trained // len(languages) * element,
                  saved_bytes(cfg, args.micro_batch_size * passes, length, args.micro_batch_size * passes * targets, element)]
-        print(f"memory:     {sum(parts) / 2**30:.1f} GiB a process, {what}: weights {parts[0] / 2**30:.1f}, adapter with gradient and Adam {parts[1] / 2**30:.1f}, "
+        print(f"memory:     at most {sum(parts) / 2**30:.1f} GiB a process, {what}: weights {parts[0] / 2**30:.1f}, adapter with gradient and Adam {parts[1] / 2**30:.1f}, "
               f"gathered experts {parts[2] / 2**30:.1f}, activations {parts[3] / 2**30:.1f} ({args.micro_batch_size} pairs of {length} tokens)")
 
 
@@ -252,6 +256,8 @@ def parse_args():
     for flag in ("rank", "epochs", "max_steps", "batch_size", "micro_batch_size", "max_length", "save_every", "log_every"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be at least 1")
+    if not 0 <= args.seed < 2**31:
+        raise UserError(f"--seed {args.seed}: must lie in [0, 2147483648)")
     for flag in ("alpha", "rdrop_alpha", "lr", "weight_decay", "warmup_ratio", "max_grad_norm"):
         if not 0 <= getattr(args, flag) < math.inf:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: can't be negative")
@@ -280,8 +286,8 @@ def main():
     train_rows, dev_rows, files = read_stage_data(args, languages)
     folder, pinned = backbone.resolve(args.model)
     tokenizer = Tokenizer(folder, backbone.Config.load(folder), args.prompt_format)
-    where = ("out", "micro_batch_size", "device", "dry_run")  # may change between a stop and its resumption
-    config = {k: v for k, v in vars(args).items() if k not in where}
+    may_change = ("out", "micro_batch_size", "device", "dry_run")  # between a stop and its resumption
+    config = {k: v for k, v in vars(args).items() if k not in may_change}
     config.update(languages=languages, prompt_format=tokenizer.format, tokenizer_sha256=tokenizer.sha256,
                   files={f.name: file_sha256(f) for f in files})
     out = Path(args.out)
@@ -311,8 +317,7 @@ def main():
     total = min(args.epochs * steps_per_epoch, args.max_steps or math.inf)
     summary = {"steps": total, "train_pairs": len(train), "train_dropped": dropped, "dev_pairs": len(dev), "dev_dropped": dev_dropped,
                "backbone_fingerprint": fingerprint, "processes": ranks.world, "micro_batch_size": args.micro_batch_size}
-    lock = claim(out, config) if chief else None
-    ranks.barrier()
+    lock = claim_run(out, config, ranks)
 
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
     step, best, log_bytes, order = 0, math.inf, 0, None
@@ -360,6 +365,8 @@ def main():
             M = denominator(batch, args.normalize)
             nll, kl = (sums / M).tolist()
             loss = nll + args.rdrop_alpha * kl
+            if not math.isfinite(loss + norm.item()):
+                raise UserError(f"{out}: loss {loss} with gradient norm {norm.item()} at step {step}; lower --lr and choose another --out")
             write_log({"step": step, "epoch": round(step / steps_per_epoch, 4), "lr": lr, "nll": nll, "kl": kl, "loss": loss, "grad_norm": norm.item()})
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
         bar.update()

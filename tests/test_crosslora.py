@@ -155,4 +155,18 @@ def test_low_rank_update_is_eq_4(lm, adapter):
 
 def test_export_command_refuses_unknown_languages(adapter_folder, tmp_path):
     refuses(ROOT / "crosslora.py", "--adapter", adapter_folder, "--src", "xx", "--tgt", "de", "--peft", tmp_path, says="no expert for 'xx'")
+    refuses(ROOT / "crosslora.py", "--adapter", adapter_folder, "--src", "de", "--tgt", "de", "--peft", tmp_path, says="both de")
     refuses(ROOT / "crosslora.py", "--adapter", tmp_path, "--src", "en", "--tgt", "de", "--peft", tmp_path, says="no adapter.json")
+
+
+def test_export_of_a_hub_backbone_names_repository_and_commit(adapter_folder, tmp_path):
+    """peft takes the two apart; a local folder has no revision."""
+    hub = tmp_path / "hub"
+    shutil.copytree(adapter_folder, hub)
+    description = json.loads((hub / "adapter.json").read_text())
+    (hub / "adapter.json").write_text(json.dumps({**description, "backbone": "owner/name@0123abc"}))
+    for folder, expected in ((hub, ("owner/name", "0123abc")), (adapter_folder, (description["backbone"], None))):
+        out = tmp_path / f"out-{expected[1]}"
+        export_peft(folder, "de", "zh", out)
+        config = json.loads((out / "adapter_config.json").read_text())
+        assert (config["base_model_name_or_path"], config["revision"]) == expected

@@ -193,6 +193,7 @@ def test_command_writes_once_and_guards_its_folder(tmp_path):
     refuses(ROOT / "data.py", "--data", tmp_path / "nowhere", "--out", tmp_path / "o", says="no such folder")
     refuses(ROOT / "data.py", "--data", tmp_path, "--out", tmp_path / "o", says="layout they are published in")
     refuses(ROOT / "data.py", "--data", root, "--out", tmp_path / "o", "--languages", "en,xx", says="unknown language 'xx'")
+    refuses(ROOT / "data.py", "--data", root, "--out", tmp_path / "o", "--languages", "en", says="at least two")
     refuses(ROOT / "data.py", "--data", root, "--out", tmp_path / "o", "--train-pairs", -5, says="can't be negative")
     (root / "flores200_dataset/dev/deu_Latn.dev").unlink()
     refuses(ROOT / "data.py", "--data", root, "--out", tmp_path / "o", says="deu_Latn.dev")
@@ -208,6 +209,10 @@ def test_one_process_at_a_time(tmp_path):
 
 
 def test_claim_leaves_strangers_alone(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match="not a run of this script"):
+        claim(tmp_path / "file", {"a": 1}, write=False)
+    (tmp_path / "file").unlink()
     (tmp_path / "precious.txt").write_text("mine")
     with pytest.raises(UserError, match="not empty"):
         claim(tmp_path, {"a": 1})
@@ -230,6 +235,8 @@ def test_language_identifier_is_restricted(shared):
     for code, language in LANGUAGES.items():
         lines = read_lines(shared / "data/flores200_dataset/devtest" / f"{language.flores}.devtest")[:100]
         assert sum(identify(line) == code for line in lines) >= 97, code
+    with pytest.raises(UserError, match="does not know xx"):
+        language_identifier(["en", "xx"])
     assert set(map(identify, ["Bonjour le monde", "Dobrý den", "x"])) <= set(LANGUAGES)
 
 

@@ -143,6 +143,9 @@ def test_bad_input(adapter_folder, tmp_path):
     (tmp_path / "cut.jsonl").write_text('{"src_lang": "de", "tgt_lang": "is", "src": "a"}\n{"src_l')
     refuses(*base, "--input", tmp_path / "cut.jsonl", "--output", tmp_path / "o", says="cut.jsonl:2")
     refuses(*base, "--input", tmp_path / "cut.jsonl", "--output", tmp_path / "none/o", says="its folder does not exist")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "2")
+        refuses(*base, "--src", "de", "--tgt", "is", "Hund", says="work for one process")
     refuses(*base, "--batch-size", 0, "--src", "de", "--tgt", "is", "Hund", says="--batch-size 0")
     other = make_checkpoint(tmp_path / "other", seed=5)
     refuses(*base, "--model", other, "--src", "de", "--tgt", "is", "Hund", says="made for another backbone")

@@ -115,7 +115,8 @@ def test_cut_off_file(checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize("key, value", [("model_type", "gpt2"), ("hidden_act", "gelu"), ("mlp_bias", True),
-                                        ("rope_scaling", {"rope_type": "yarn", "factor": 4.0})])
+                                        ("rope_scaling", {"rope_type": "yarn", "factor": 4.0}),
+                                        ("rope_scaling", {"rope_type": "llama3", "factor": 4.0})])
 def test_architectures_we_do_not_compute_are_refused(key, value, checkpoint, tmp_path):
     config = json.loads((checkpoint / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, key: value}))
@@ -139,7 +140,8 @@ def test_a_hub_model_is_pinned_to_the_commit_it_was_got_at(monkeypatch, tmp_path
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **kwargs: asked.append((name, kwargs["revision"])) or str(snapshot))
     assert backbone.resolve("a/b") == (snapshot, "a/b@0123abc")
     assert backbone.resolve("a/b@0123abc") == (snapshot, "a/b@0123abc")
-    assert asked == [("a/b", None), ("a/b", "0123abc")]
+    assert backbone.resolve("a/b@refs/pr/3")[0] == snapshot
+    assert asked == [("a/b", None), ("a/b", "0123abc"), ("a/b", "refs/pr/3")]
     assert backbone.resolve(str(checkpoint)) == (checkpoint, str(checkpoint.resolve()))
 
 

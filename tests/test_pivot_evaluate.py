@@ -84,6 +84,8 @@ def test_pivot_command(adapter_folder, source, tmp_path):
     run(*command("two"))
     assert (tmp_path / "one/pseudo.train.jsonl").read_bytes() == (tmp_path / "two/pseudo.train.jsonl").read_bytes()
     refuses(*command("one"), "--seed", 3, says="seed was 0, now 3")
+    shown = run(*TORCHRUN, *command("one"), "--seed", 3, check=False)  # the first rank's refusal reaches the second
+    assert shown.returncode and "seed was 0, now 3" in shown.stderr and "RuntimeError" not in shown.stderr
 
 
 def test_pivot_bad_input(adapter_folder, source, tmp_path):

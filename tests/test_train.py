@@ -297,6 +297,11 @@ def test_bad_input_under_torchrun_shows_the_line(checkpoint, data, tmp_path):
     assert done.stderr.count("error: --batch-size") == 1 and not (tmp_path / "out").exists()
 
 
+def test_a_run_that_diverges_stops_and_keeps_no_adapter(checkpoint, data, tmp_path):
+    refuses(*command(checkpoint, data, tmp_path / "out", "--lr", "1e30", "--max-grad-norm", 0), says=["at step", "lower --lr"])
+    assert not (tmp_path / "out/adapter").exists()
+
+
 def test_init_adapter_starts_where_the_other_ended(checkpoint, data, adapter_folder, tmp_path):
     run(*command(checkpoint, data, tmp_path / "a", "--max-steps", 1, "--lr", 0, "--init-adapter", adapter_folder, "--alpha", 8))
     a, b = load_file(tmp_path / "a/adapter/adapter.safetensors"), load_file(adapter_folder / "adapter.safetensors")
@@ -324,7 +329,7 @@ def test_bad_input_is_one_line_before_any_work(checkpoint, data, adapter_folder,
     refuses(*command(checkpoint, data, out, "--max-length", 5), says="no training pair fits")
     refuses(*command(checkpoint, data, out, "--init-adapter", adapter_folder, "--rank", 8, "--alpha", 8), says="rank was 4, now 8")
     refuses(*command(checkpoint, data, out, "--init-adapter", adapter_folder), says="alpha was 8, now 64")
-    for flag, value in (("--max-steps", -1), ("--epochs", 0), ("--lr", -1), ("--rdrop-alpha", -1)):
+    for flag, value in (("--seed", -1), ("--max-steps", -1), ("--epochs", 0), ("--lr", -1), ("--rdrop-alpha", -1)):
         refuses(*command(checkpoint, data, out, flag, value), says=f"{flag} {value}")
     assert not out.exists()
     broken = tmp_path / "broken"
@@ -369,4 +374,6 @@ def test_dry_run_of_the_papers_backbones(name, frozen, trained, shared, tmp_path
 def test_dry_run_counts_what_training_sees(checkpoint, data, tmp_path):
     out = run(*command(checkpoint, data, tmp_path / "out", "--dry-run")).stdout
     lengths = [len(e.ids) for e in encode(Tokenizer(checkpoint, backbone.Config.load(checkpoint)), read_rows(data / "stage1.train.jsonl"))[0]]
+    refuses(*command(checkpoint, data, tmp_path / "out", "--dry-run", "--max-length", 5), says="no training pair fits")
+    assert f"{math.ceil((10 * 20997 + 20 * 18997) / 4):,} an epoch" in run(*command(checkpoint, data, tmp_path / "out", "--dry-run", stage=2)).stdout
     assert f"{sum(lengths):,} an epoch" in out and f"longest {max(lengths)}" in out and not (tmp_path / "out").exists()

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import model as backbone  # noqa: E402
-from data import IGNORE, LANGUAGES, PROMPT, UserError, claim, read_flores, read_opus, run_main, write_atomic  # noqa: E402
+from data import IGNORE, LANGUAGES, PROMPT, UserError, claim, file_sha256, read_flores, read_opus, run_main, write_atomic  # noqa: E402
 from world import PHRASE, meanings, parts, sentence  # noqa: E402
 
 CONTROL = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
@@ -105,6 +105,9 @@ def main():
     out, config = Path(args.out), {k: v for k, v in vars(args).items() if k not in ("out", "world")}
     if not (Path(args.world) / "done").exists():
         raise UserError(f"{args.world}: not made yet; run world.py --out {args.world} first")
+    if (out / "config.json").exists() and not (out / "pretraining").exists():
+        raise UserError(f"{out}: holds a checkpoint that this script did not make; choose another --out")
+    config["world_sha256"] = file_sha256(Path(args.world) / "config.json")
     lock = claim(out / "pretraining", config)  # config.json of the folder itself is the model's
     if (out / "model.safetensors").exists():
         print(f"{out}: pre-trained already")
