@@ -339,7 +339,7 @@ def main():
 
     log = open(out / "metrics.jsonl" if chief else os.devnull, "ab")
     if chief:
-        log.truncate(log_bytes)
+        log.seek(log.truncate(log_bytes))  # lines that the checkpoint does not know are written again
 
     def write_log(line):
         log.write((json.dumps(line) + "\n").encode())
