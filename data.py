@@ -23,7 +23,7 @@ import torch
 
 class Language(NamedTuple):
     name: str  # as the prompt spells it
-    flores: str
+    flores: str  # FLORES-200 code
     bleu: str  # sacrebleu tokenizer when it is the target
 
 
@@ -58,7 +58,7 @@ def run_main(main):
     try:
         main()
     except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # every rank of a machine sees the same files
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # every rank of a machine sees the same files: say it once
             print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -143,8 +143,7 @@ def claim(folder, config, write=True):
     Raises UserError if a run with other settings lives there or another process works there, so that the same
     command resumes and a different one never overwrites. write=False only compares.
     """
-    folder = Path(folder)
-    path = folder / "config.json"
+    folder, path = Path(folder), Path(folder) / "config.json"
     if path.exists():
         old = read_json(path)
         differ = [f"{k} was {old.get(k)!r}, now {config.get(k)!r}" for k in sorted({*old, *config}) if old.get(k) != config.get(k)]
@@ -170,6 +169,7 @@ def claim(folder, config, write=True):
 
 
 def parse_languages(text):
+    """'en,de,zh' -> ['en', 'de', 'zh']; the order is the order of the experts."""
     codes = [code.strip() for code in text.split(",")]
     unknown = [code for code in codes if code not in LANGUAGES]
     if unknown:
@@ -245,7 +245,7 @@ class Tokenizer:
 
 class Example(NamedTuple):
     ids: np.ndarray  # (T,) int32: prompt, target, end of turn
-    prompt_length: int
+    prompt_length: int  # labels start here
     src_lang: str
     tgt_lang: str
 

@@ -19,6 +19,7 @@ from data import LANGUAGES, UserError, all_directions, file_sha256, group_of, re
 from generate import (add_engine_arguments, check_counts, claim_run, init_distributed, language_identifier, load_engine, markdown,
                       translate_jsonl)
 
+SCORES = ("bleu", "off_target", "off_target_ref", "cut_off", "empty")
 COLUMNS = {"english": "English-centric", "non_english": "non-English-centric", "average": "Average"}
 
 
@@ -64,15 +65,13 @@ def score(rows, tgt_lang, identify):
 def averages(directions):
     """Unweighted means over the directions of each group and over all, as the paper's tables have them."""
     groups = {name: [s for d, s in directions.items() if name in (group_of(*d.split("-")), "average")] for name in COLUMNS}
-    keys = ("bleu", "off_target", "off_target_ref", "cut_off", "empty")
-    return {name: {key: sum(s[key] for s in scores) / len(scores) for key in keys} for name, scores in groups.items() if scores}
+    return {name: {key: sum(s[key] for s in scores) / len(scores) for key in SCORES} for name, scores in groups.items() if scores}
 
 
 def direction_table(scores):
-    keys = ["bleu", "off_target", "off_target_ref", "cut_off", "empty"]
     header = ["direction", "BLEU", "off-target %", "same, references %", "cut off %", "empty %"]
-    lines = [[name, *(f"{s[k]:.2f}" for k in keys)] for name, s in scores["directions"].items()]
-    lines += [[f"**{COLUMNS[name]}**", *(f"{s[k]:.2f}" for k in keys)] for name, s in scores["averages"].items()]
+    lines = [[name, *(f"{s[k]:.2f}" for k in SCORES)] for name, s in scores["directions"].items()]
+    lines += [[f"**{COLUMNS[name]}**", *(f"{s[k]:.2f}" for k in SCORES)] for name, s in scores["averages"].items()]
     signatures = sorted({s["signature"] for s in scores["directions"].values()})
     return markdown(header, lines) + "\n" + "\n".join(f"BLEU signature: `{s}`" for s in signatures) + "\n"
 

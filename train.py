@@ -22,7 +22,7 @@ from tqdm import tqdm
 import model as backbone
 from crosslora import ROUTES, CrossLoRA, load_adapter, save_adapter
 from data import (FORMATS, IGNORE, LANGUAGES, Tokenizer, UserError, claim, collate, encode, epoch_order, file_sha256, group_of,
-                  read_json, read_jsonl, run_main, write_atomic)
+                  parse_languages, read_json, read_jsonl, run_main, write_atomic)
 from generate import DEFAULT_MODEL, claim_run, device_and_dtype, init_distributed
 
 
@@ -147,10 +147,13 @@ def save_checkpoint(path, adapter, optimizer, step, best, log, fingerprint):
     os.replace(temporary, path)
 
 
-def read_stage_data(args, languages):
-    """(train, dev, files) of a stage: Stage 1 the English-centric files; Stage 2 those, FLORES-200 in the other
-    directions, and the pseudo pairs (section 3.3, Table 5)."""
+def read_stage_data(args):
+    """(languages, train, dev, files) of a stage: Stage 1 the English-centric files; Stage 2 those, FLORES-200 in the
+    other directions, and the pseudo pairs (section 3.3, Table 5)."""
     data = Path(args.data)
+    if not (data / "manifest.json").exists():
+        raise UserError(f"{data}: no manifest.json in it; --data takes a folder that data.py has finished")
+    languages = parse_languages(read_json(data / "config.json").get("languages", ""))
     train, dev = [data / "stage1.train.jsonl"], [data / "stage1.dev.jsonl"]
     if args.stage == 2:
         if args.pseudo is None:
@@ -162,7 +165,7 @@ def read_stage_data(args, languages):
         if train[-1].stat().st_size == 0:
             raise UserError(f"{train[-1]}: no pseudo pairs in it; Stage 2 would be Stage 1 again")
     rows = [[row for file in files for row in read_jsonl(file, languages)] for files in (train, dev)]
-    return *rows, [*train, *dev]
+    return languages, *rows, [*train, *dev]
 
 
 def saved_bytes(cfg, rows, tokens, targets, element):
@@ -185,8 +188,7 @@ def dry_run(args):
     cfg = backbone.Config.load(folder)
     languages, examples, source = list(LANGUAGES), None, "Table 5"
     if (Path(args.data) / "manifest.json").exists() and (args.stage == 1 or args.pseudo):
-        languages = read_json(Path(args.data) / "config.json")["languages"].split(",")
-        rows, _, _ = read_stage_data(args, languages)
+        languages, rows, _, _ = read_stage_data(args)
         pairs, source = len(rows), args.data
         if (folder / "tokenizer.json").exists():
             examples, dropped = encode(Tokenizer(folder, cfg, args.prompt_format), rows, args.max_length)
@@ -280,10 +282,7 @@ def main():
             dry_run(args)
         return
 
-    if not (Path(args.data) / "manifest.json").exists():
-        raise UserError(f"{args.data}: no manifest.json in it; --data takes a folder that data.py has finished")
-    languages = read_json(Path(args.data) / "config.json")["languages"].split(",")
-    train_rows, dev_rows, files = read_stage_data(args, languages)
+    languages, train_rows, dev_rows, files = read_stage_data(args)
     folder, pinned = backbone.resolve(args.model)
     tokenizer = Tokenizer(folder, backbone.Config.load(folder), args.prompt_format)
     may_change = ("out", "micro_batch_size", "device", "dry_run")  # between a stop and its resumption
