@@ -2,11 +2,12 @@
 #
 #   make tiny     the whole pipeline on a toy world of six languages, CPU, minutes
 #   make test     the tests
-#   make paper    the same chain with the paper's values, two 80 GB GPUs (MODEL=..., CORPORA=... to change)
+#   make paper    the same chain with the paper's values, two 80 GB GPUs (MODEL=..., CORPORA=..., SOURCE=... to change)
 
 PYTHON  = .venv/bin/python
 MODEL   = meta-llama/Meta-Llama-3-8B-Instruct
 CORPORA = corpora
+SOURCE  = publisher
 RUN     = runs/$(notdir $(MODEL))
 GPUS    = .venv/bin/torchrun --standalone --nproc_per_node=2
 CPUS    = OMP_NUM_THREADS=1 $(GPUS)
@@ -43,7 +44,7 @@ test: .venv/installed
 	$(PYTHON) -m pytest -q tests
 
 paper: .venv/installed
-	$(PYTHON) data.py --data $(CORPORA) --out $(RUN)/data
+	$(PYTHON) data.py --source $(SOURCE) --data $(CORPORA) --out $(RUN)/data
 	$(GPUS) train.py --stage 1 --model $(MODEL) --data $(RUN)/data --out $(RUN)/stage1
 	$(GPUS) pivot.py --adapter $(RUN)/stage1/adapter --data $(RUN)/data --out $(RUN)/pseudo
 	$(GPUS) train.py --stage 2 --model $(MODEL) --data $(RUN)/data --pseudo $(RUN)/pseudo --out $(RUN)/stage2

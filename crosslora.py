@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from data import UserError, read_json, run_main, write_atomic
+from files import UserError, read_json, run_main, write_atomic
 
 TARGET_MODULES = ("gate_proj", "up_proj", "down_proj")  # section A.1
 

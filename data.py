@@ -1,24 +1,25 @@
 """Languages, prompt, corpora and batches (paper sections 4.1 and A.2). B batch rows, T tokens.
 
-    python data.py --data corpora --out data        # OPUS-100 + FLORES-200 -> the JSONL files of Table 5
+    python data.py --out data --source publisher    # fetch OPUS-100 and FLORES-200 into corpora/, then write Table 5's files
+    python data.py --out data --data corpora        # the same from a folder that holds them as published
 
 Everything that turns text into model input is here, so that training, decoding and pivot can't disagree about it.
 """
 
 import argparse
-import fcntl
-import hashlib
 import json
-import os
 import random
 import re
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import tokenizers
 import torch
+from tqdm import tqdm
+
+from corpora import fetch, flores_file, opus_files, read_aligned, sources
+from files import UserError, claim, file_sha256, read_json, read_lines, run_main, write_atomic, write_jsonl
 
 
 class Language(NamedTuple):
@@ -37,6 +38,7 @@ LANGUAGES = {  # a new language is a line here and its code in --languages; the 
 }
 PIVOT = "en"
 PROMPT = "Translate the following {src} sentences into {tgt}: "  # section 4.1
+NOISE = ("duplicate", "identical", "length_ratio")  # of OPUS-100's training pairs, see clean()
 IGNORE = -100  # label of a position that is not trained on (F.cross_entropy's convention)
 
 # Chat formats as the published templates render one user turn; `{prompt}` is where the text goes.
@@ -47,62 +49,6 @@ FORMATS = {
                "<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n", ("<|im_end|>", "<|endoftext|>")),
     "plain": ("{prompt}\n", ()),
 }
-
-
-class UserError(Exception):
-    """Something the user can mend; its text is the one line they read."""
-
-
-def run_main(main):
-    """Call `main()`; a UserError becomes one line on stderr and exit status 2, Ctrl-C exit status 130."""
-    try:
-        main()
-    except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # every rank of a machine sees the same files: say it once
-            print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("stopped; the same command continues from here", file=sys.stderr)
-        sys.exit(130)
-
-
-def write_atomic(path, text):
-    """Write `text` to `path` so that a reader, or a kill, finds the old file or the new one, never half of it."""
-    temporary = Path(f"{path}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def write_jsonl(path, rows):
-    write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-def read_json(path):
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: not a JSON object")
-    return content
-
-
-def file_sha256(path):
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-
-
-def read_lines(path):
-    """Lines of a text file, split at \\n only: U+2028 or NEL inside a sentence is text, not a line end."""
-    try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from None
-    lines = text.split("\n")
-    return [line.removesuffix("\r") for line in (lines[:-1] if lines[-1] == "" else lines)]
 
 
 def read_jsonl(path, languages=tuple(LANGUAGES), need=("src", "tgt"), text=()):
@@ -135,37 +81,6 @@ def read_jsonl(path, languages=tuple(LANGUAGES), need=("src", "tgt"), text=()):
             raise bad(f"src_lang and tgt_lang are both {row['src_lang']!r}")
         rows.append(row)
     return rows
-
-
-def claim(folder, config, write=True):
-    """Make `folder` the home of a run with `config`, and lock it until the returned file is closed.
-
-    Raises UserError if a run with other settings lives there or another process works there, so that the same
-    command resumes and a different one never overwrites. write=False only compares.
-    """
-    folder, path = Path(folder), Path(folder) / "config.json"
-    if path.exists():
-        old = read_json(path)
-        differ = [f"{k} was {old.get(k)!r}, now {config.get(k)!r}" for k in sorted({*old, *config}) if old.get(k) != config.get(k)]
-        if differ:
-            more = f"; and {len(differ) - 3} more" if len(differ) > 3 else ""
-            raise UserError(f"{folder}: holds a run with other settings ({'; '.join(differ[:3])}{more}); choose another --out or remove it")
-    elif folder.exists() and not folder.is_dir() or folder.is_dir() and any(not p.name.endswith((".tmp", ".lock")) for p in folder.iterdir()):
-        raise UserError(f"{folder}: not empty and not a run of this script; choose another --out")
-    if not write:
-        return None
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "w")
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"{folder}: another process is at work in it (workers outlive a killed torchrun; end them first)") from None
-    except OSError as error:
-        raise UserError(f"{folder}: {error.strerror or error}") from None
-    claim(folder, config, write=False)  # again, now that nobody else can write
-    if not path.exists():
-        write_atomic(path, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-    return lock
 
 
 def parse_languages(text):
@@ -280,37 +195,6 @@ def epoch_order(count, seed, epoch):
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
 
 
-def read_aligned(files):
-    """Line-aligned files, one per language -> list of tuples. Raises UserError when their line counts differ."""
-    columns = [read_lines(file) for file in files]
-    for file, column in zip(files, columns):
-        if len(column) != len(columns[0]):
-            raise UserError(f"{files[0]} has {len(columns[0])} lines but {file} has {len(column)}; they must be aligned")
-    return list(zip(*([text.strip() for text in column] for column in columns)))
-
-
-def find_folder(root, *layouts):
-    if not Path(root).is_dir():
-        raise UserError(f"{root}: no such folder; --data takes the folder that holds opus-100-corpus/ and flores200_dataset/")
-    for layout in layouts:
-        if (Path(root) / layout).is_dir():
-            return Path(root) / layout
-    raise UserError(f"{root}: neither {' nor '.join(layouts)} in it; --data takes the corpora in the layout they are published in")
-
-
-def read_opus(root, lang, split):
-    """OPUS-100 pairs (English, lang) of a split: [(en, x), ...] from supervised/de-en/opus.de-en-train.{en,de}."""
-    folder = find_folder(root, "opus-100-corpus/v1.0/supervised", "supervised")
-    pair = "-".join(sorted((PIVOT, lang)))
-    return read_aligned([folder / pair / f"opus.{pair}-{split}.{code}" for code in (PIVOT, lang)])
-
-
-def read_flores(root, languages, split):
-    """FLORES-200 sentences of a split, aligned over `languages`: [(sentence in each), ...] from dev/deu_Latn.dev."""
-    folder = find_folder(root, "flores200_dataset", "flores-200")
-    return read_aligned([folder / split / f"{LANGUAGES[code].flores}.{split}" for code in languages])
-
-
 def pair_row(src_lang, tgt_lang, src, tgt, origin):
     return {"src_lang": src_lang, "tgt_lang": tgt_lang, "src": src, "tgt": tgt, "origin": origin}
 
@@ -320,38 +204,74 @@ def both_ways(lang, pairs):
     return [pair_row(lang, PIVOT, x, en, "opus-100") for en, x in pairs] + [pair_row(PIVOT, lang, en, x, "opus-100") for en, x in pairs]
 
 
-def prepare(root, languages, train_pairs, dev_pairs, test_pairs, seed):
+def opus_pair(lang):
+    """The language's OPUS-100 pair as its files spell it: de-en, but en-is."""
+    return "-".join(sorted((PIVOT, lang)))
+
+
+def read_opus(root, lang, split):
+    """OPUS-100 pairs of a split: [(English, X), ...]."""
+    files = opus_files(root, opus_pair(lang), split)
+    return read_aligned(sorted(files, key=lambda path: path.suffix != f".{PIVOT}"))
+
+
+def read_flores(root, languages, split):
+    """FLORES-200 sentences of a split, dev or devtest: [(sentence in each language), ...]."""
+    return read_aligned([flores_file(root, LANGUAGES[code].flores, split) for code in languages])
+
+
+def length_ratio(a, b):
+    """Longer over shorter, in letters, a Chinese character counting as three. On FLORES-200's human translations this
+    puts the six languages on one scale: 99.9 % of the pairs stay under 2.2 (under 6.1 in plain characters)."""
+    a, b = (sum(3 if "\u3400" <= letter <= "\u9fff" else 1 for letter in text) for text in (a, b))
+    return max(a, b) / max(1, min(a, b))
+
+
+def clean(pairs, held_out_en, held_out_x, drop, max_ratio):
+    """OPUS-100 training pairs (en, x) without noise, and a count a rule. Each pair counts under the first rule that it
+    breaks; pairs with an empty side or a side in a dev or test set are always left out, those of the rules in `drop`
+    (of NOISE) too, and the others are counted but kept."""
+    kept, seen, count = [], set(), dict.fromkeys(("read", "empty", "in_dev_or_test", *NOISE), 0)
+    for en, x in pairs:
+        count["read"] += 1
+        if not en or not x:
+            rule = "empty"
+        elif en in held_out_en or x in held_out_x:
+            rule = "in_dev_or_test"
+        elif (en, x) in seen:
+            rule = "duplicate"
+        elif en == x:
+            rule = "identical"
+        else:
+            rule = "length_ratio" if length_ratio(en, x) > max_ratio else None
+        seen.add((en, x))
+        if rule:
+            count[rule] += 1
+        if rule is None or rule in NOISE and rule not in drop:
+            kept.append((en, x))
+    return kept, count
+
+
+def prepare(root, languages, train_pairs=20000, dev_pairs=2000, test_pairs=2000, pivot_pairs=100000, drop=NOISE, max_ratio=5.0, seed=0):
     """The paper's sampling (sections 4.1, A.2, Table 5). Returns {file name: rows} and a report of counts.
 
-    One sample of `train_pairs` a language serves both directions; what is left of the training set is the pivot's
-    source. Empty lines, repeated pairs and pairs with a side in a dev or test set are left out and counted.
+    One sample of `train_pairs` a language serves both directions; of what is left of the training set, `pivot_pairs`
+    are the pivot's source, none of whose sentences Stage 1 trains on. `drop`, `max_ratio`: see clean().
     """
-    flores_dev, flores_test = read_flores(root, languages, "dev"), read_flores(root, languages, "devtest")
-    held_out = {code: {row[i] for row in flores_test} for i, code in enumerate(languages)}
+    flores = {split: read_flores(root, languages, split) for split in ("dev", "devtest")}
+    held_out = {code: {row[i] for row in flores["devtest"]} for i, code in enumerate(languages)}
     files = {name: [] for name in ("stage1.train", "stage1.dev", "test", "stage2.flores", "pivot.source")}
-    report, corpora = {}, {}
-    for lang in (code for code in languages if code != PIVOT):
-        corpora[lang] = {split: read_opus(root, lang, split) for split in ("train", "dev", "test")}
-        for split in ("dev", "test"):
-            for en, x in corpora[lang][split]:
-                held_out[PIVOT].add(en)
-                held_out[lang].add(x)
-    for lang, splits in corpora.items():
-        kept, count = {}, dict(read=len(splits["train"]), empty=0, repeated=0, in_dev_or_test=0)
-        for en, x in splits["train"]:
-            if not en or not x:
-                count["empty"] += 1
-            elif (en, x) in kept:
-                count["repeated"] += 1
-            elif en in held_out[PIVOT] or x in held_out[lang]:
-                count["in_dev_or_test"] += 1
-            else:
-                kept[en, x] = None
-        kept = list(kept)
+    others, report = [code for code in languages if code != PIVOT], {}
+    opus = {(lang, split): read_opus(root, lang, split) for lang in others for split in ("dev", "test")}
+    for (lang, _), pairs in opus.items():
+        held_out[PIVOT].update(en for en, _ in pairs)
+        held_out[lang].update(x for _, x in pairs)
+    for lang in tqdm(others, desc="sampling", disable=None):
+        kept, count = clean(read_opus(root, lang, "train"), held_out[PIVOT], held_out[lang], drop, max_ratio)
         random.Random(f"{seed} {lang}").shuffle(kept)
         sample, trained_on = kept[:train_pairs], {x for _, x in kept[:train_pairs]}
-        rest = [(en, x) for en, x in kept[train_pairs:] if x not in trained_on]
-        dev, test = ([(en, x) for en, x in splits[split] if en and x][:n] for split, n in (("dev", dev_pairs), ("test", test_pairs)))
+        rest = [(en, x) for en, x in kept[train_pairs:] if x not in trained_on][:pivot_pairs]
+        dev, test = ([(en, x) for en, x in opus[lang, split] if en and x][:n] for split, n in (("dev", dev_pairs), ("test", test_pairs)))
         for name, pairs in (("stage1.train", sample), ("stage1.dev", dev), ("test", test)):
             files[name] += both_ways(lang, pairs)
         files["pivot.source"] += [pair_row(lang, PIVOT, x, en, "opus-100") for en, x in rest]
@@ -359,38 +279,57 @@ def prepare(root, languages, train_pairs, dev_pairs, test_pairs, seed):
     for src_lang, tgt_lang in all_directions(languages):
         s, t = languages.index(src_lang), languages.index(tgt_lang)
         name = "stage1.train" if PIVOT in (src_lang, tgt_lang) else "stage2.flores"
-        files[name] += [pair_row(src_lang, tgt_lang, row[s], row[t], "flores-200") for row in flores_dev if row[s] and row[t]]
+        rows = {split: [pair_row(src_lang, tgt_lang, row[s], row[t], "flores-200") for row in flores[split] if row[s] and row[t]] for split in flores}
+        files[name] += rows["dev"]
         if PIVOT not in (src_lang, tgt_lang):
-            rows = [row for row in flores_test if row[s] and row[t]][:test_pairs]
-            files["test"] += [pair_row(src_lang, tgt_lang, row[s], row[t], "flores-200") for row in rows]
+            files["test"] += rows["devtest"][:test_pairs]
     return files, report
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="folder that holds opus-100-corpus/ and flores200_dataset/ as published")
+    parser.add_argument("--data", default="corpora", help="folder of the corpora, laid out as published (see corpora.py)")
+    parser.add_argument("--source", default="folder", choices=["folder", "publisher", "hub"], help="where what --data lacks is fetched from: nowhere, the publishers' archives, or the Hugging Face hub")
     parser.add_argument("--out", required=True, help="folder for the JSONL files and manifest.json")
     parser.add_argument("--languages", default=",".join(LANGUAGES), help="codes, in the order of the experts (section 4.1)")
     parser.add_argument("--train-pairs", type=int, default=20000, help="OPUS-100 pairs a direction for Stage 1 (section 4.1)")
     parser.add_argument("--dev-pairs", type=int, default=2000, help="dev pairs a direction (Table 5)")
     parser.add_argument("--test-pairs", type=int, default=2000, help="test pairs a direction at most (Table 5; FLORES-200 has 1,012)")
+    parser.add_argument("--pivot-pairs", type=int, default=100000, help="sentences a language set aside for pivot.py, at most")
+    parser.add_argument("--drop", default=",".join(NOISE), help="kinds of noise that leave OPUS-100's training pairs, or none; all are counted")
+    parser.add_argument("--max-ratio", type=float, default=5.0, help="length ratio that is noise; 4 of 95,841 human pairs of WMT and Tatoeba exceed 5")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.languages = ",".join(languages := parse_languages(args.languages))
-    if min(args.train_pairs, args.dev_pairs, args.test_pairs) < 0:
-        raise UserError("--train-pairs, --dev-pairs and --test-pairs can't be negative")
-    out, config = Path(args.out), {k: v for k, v in vars(args).items() if k != "out"}
+    args.drop = [] if args.drop == "none" else args.drop.split(",")
+    if not set(args.drop) <= set(NOISE):
+        raise UserError(f"--drop {','.join(args.drop)}: takes {', '.join(NOISE)}, or none")
+    for flag in ("train_pairs", "dev_pairs", "test_pairs", "pivot_pairs", "max_ratio"):
+        if getattr(args, flag) < (flag == "max_ratio"):
+            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be at least {int(flag == 'max_ratio')}")
+    out, config = Path(args.out), {k: v for k, v in vars(args).items() if k not in ("out", "source")}
     claim(out, config, write=False)
     if (out / "manifest.json").exists():
         return print(f"{out}: prepared already")
-    files, report = prepare(args.data, languages, args.train_pairs, args.dev_pairs, args.test_pairs, args.seed)
-    manifest, _lock = {"corpora": report, "files": {}}, claim(out, config)
+    pairs = [opus_pair(lang) for lang in languages if lang != PIVOT]
+    if args.source != "folder":
+        fetch(args.data, pairs, [LANGUAGES[code].flores for code in languages], args.source)
+    inputs = [file for pair in pairs for split in ("train", "dev", "test") for file in opus_files(args.data, pair, split)]
+    inputs += [flores_file(args.data, LANGUAGES[code].flores, split) for code in languages for split in ("dev", "devtest")]
+    for file in inputs:
+        if not file.exists():
+            raise UserError(f"{file}: no such file; --data takes OPUS-100 and FLORES-200 as published, --source publisher or hub fetches them")
+    files, report = prepare(args.data, languages, args.train_pairs, args.dev_pairs, args.test_pairs, args.pivot_pairs, args.drop,
+                            args.max_ratio, args.seed)
+    manifest, _lock = {"sources": sources(args.data), "corpora": report, "files": {}}, claim(out, config)
+    manifest["inputs"] = {str(file.relative_to(args.data)): file_sha256(file) for file in inputs}
     for name, rows in ((f"{name}.jsonl", rows) for name, rows in files.items()):
         write_jsonl(out / name, rows)
         manifest["files"][name] = {"pairs": len(rows), "sha256": file_sha256(out / name)}
     write_atomic(out / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+    asked = {"stage1": args.train_pairs, "dev": args.dev_pairs, "test": args.test_pairs}
     for lang, count in report.items():
-        short = f"  (asked for {args.train_pairs})" if count["stage1"] < args.train_pairs else ""
+        short = "".join(f"  (asked for {asked[k]} {k})" for k in asked if count[k] < asked[k])
         print(f"{PIVOT}-{lang}: " + ", ".join(f"{k} {v}" for k, v in count.items()) + short)
     for name, entry in manifest["files"].items():
         print(f"{out / name}: {entry['pairs']} pairs")

@@ -15,7 +15,8 @@ from pathlib import Path
 from sacrebleu.metrics import BLEU
 from tqdm import tqdm
 
-from data import LANGUAGES, UserError, all_directions, file_sha256, group_of, read_json, read_jsonl, run_main, write_atomic
+from data import LANGUAGES, all_directions, group_of, read_jsonl
+from files import UserError, file_sha256, read_json, run_main, write_atomic
 from generate import (add_engine_arguments, check_counts, claim_run, init_distributed, language_identifier, load_engine, markdown,
                       translate_jsonl)
 
@@ -117,7 +118,7 @@ def main():
     config = {"directions": wanted, "source": str(source), "source_sha256": file_sha256(source)}
     engine = None
     if not args.hypotheses:
-        engine = load_engine(args.model, args.adapter, args.prompt_format, args.device)
+        engine = load_engine(args.model, args.adapter, args.prompt_format, args.device, args.dtype)
         strangers = sorted({lang for pair in rows for lang in pair} - set(engine.languages))
         if strangers:
             raise UserError(f"{args.adapter or args.model}: no expert for {', '.join(strangers)}; it has {', '.join(engine.languages)}")

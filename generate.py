@@ -24,7 +24,8 @@ from tqdm import tqdm
 
 import model as backbone
 from crosslora import load_adapter, read_description
-from data import LANGUAGES, FORMATS, Tokenizer, UserError, claim, file_sha256, read_jsonl, run_main, write_atomic
+from data import FORMATS, LANGUAGES, Tokenizer, read_jsonl
+from files import UserError, claim, file_sha256, run_main, write_atomic
 
 DEFAULT_MODEL = "meta-llama/Meta-Llama-3-8B-Instruct"  # section 4.2; Qwen/Qwen2.5-7B-Instruct is the other
 
@@ -90,14 +91,21 @@ def claim_run(folder, config, ranks):
     return lock
 
 
-def device_and_dtype(device):
-    """Where and how precisely the backbone computes: bf16 on a GPU, fp32 on a CPU. Adapter parameters, optimizer
-    and loss are fp32 everywhere. `device` is auto, cpu or cuda."""
+def device_and_dtype(device, dtype="auto"):
+    """Where and how precisely the backbone computes: bf16 on a GPU and fp32 on a CPU unless `dtype` says otherwise.
+    Adapter parameters, optimizer and loss are fp32 everywhere. `device` is auto, cpu or cuda."""
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no GPU is visible to torch")
     if device == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu"), torch.float32
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))), torch.bfloat16
+        where, precision = torch.device("cpu"), torch.float32
+    else:
+        where, precision = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))), torch.bfloat16
+    return where, precision if dtype == "auto" else getattr(torch, dtype)
+
+
+def add_device_arguments(parser):
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    parser.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float32"], help="of the backbone; auto: bfloat16 on a GPU, float32 on a CPU")
 
 
 class Engine(NamedTuple):
@@ -110,12 +118,12 @@ class Engine(NamedTuple):
     identity: dict  # fingerprint of the backbone, hash of the adapter: what a result depends on
 
 
-def load_engine(model, adapter, prompt_format="auto", device="auto"):
+def load_engine(model, adapter, prompt_format="auto", device="auto", dtype="auto"):
     """Backbone, tokenizer and, if `adapter` is a folder, adapter. `model` defaults to what the adapter was made for;
     so does the prompt format, and asking an adapter for another one raises UserError."""
     if adapter is None and model is None:
         raise UserError("--adapter or --model is needed: an adapter folder, or a backbone to run without adapter")
-    device, dtype = device_and_dtype(device)
+    device, dtype = device_and_dtype(device, dtype)
     if adapter is not None:
         made_for = read_description(adapter)
         model = model or made_for["backbone"]
@@ -125,7 +133,7 @@ def load_engine(model, adapter, prompt_format="auto", device="auto"):
     folder, _ = backbone.resolve(model)
     tokenizer = Tokenizer(folder, backbone.Config.load(folder), prompt_format)
     lm = backbone.load(folder, device, dtype)
-    identity = {"backbone": lm.fingerprint(), "adapter": None, "prompt_format": tokenizer.format}
+    identity = {"backbone": lm.fingerprint(), "adapter": None, "prompt_format": tokenizer.format, "dtype": str(dtype).removeprefix("torch.")}
     if adapter is None:
         return Engine(lm, None, tokenizer, list(LANGUAGES), device, dtype, identity)
     lora, description = load_adapter(adapter, lm.cfg, lm.fingerprint(), tokenizer.sha256)
@@ -230,7 +238,7 @@ def add_engine_arguments(parser):
     parser.add_argument("--prompt-format", default="auto", choices=["auto", *FORMATS], help="auto: the adapter's, else the tokenizer's own chat format")
     parser.add_argument("--batch-size", type=int, default=32, help="sentences decoded together; in fp32 it does not change results")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="longer outputs are cut off and say so")
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    add_device_arguments(parser)
 
 
 def check_counts(args):
@@ -272,7 +280,7 @@ def main():
             raise UserError("the text is not UTF-8") from None
         rows = [{"src_lang": args.src, "tgt_lang": args.tgt, "src": line} for line in lines]
     ranks = init_distributed(args.device)
-    engine = load_engine(args.model, args.adapter, args.prompt_format, args.device)
+    engine = load_engine(args.model, args.adapter, args.prompt_format, args.device, args.dtype)
     for lang in sorted({r[side] for r in rows for side in ("src_lang", "tgt_lang")}):
         if lang not in engine.languages:
             raise UserError(f"{args.adapter}: no expert for {lang!r}; it has {', '.join(engine.languages)}")

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from data import UserError, read_json, write_atomic
+from files import UserError, hub_snapshot, read_json, write_atomic
 
 ROPE_KEYS = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}  # Llama-3.1's
 FILES = ["config.json", "tokenizer.json", "*.safetensors", "model.safetensors.index.json"]
@@ -262,16 +262,8 @@ def resolve(name, files=FILES):
         return Path(name), str(Path(name).resolve())
     if Path(name).exists() or name.startswith((".", "/", "~")) or name.partition("@")[0].count("/") != 1:
         raise UserError(f"{name}: no such folder; --model takes a checkpoint folder or a hub name such as Qwen/Qwen2.5-7B-Instruct")
-    from huggingface_hub import snapshot_download  # slow to import, and a local folder needs none of it
-
-    try:
-        repository, _, revision = name.partition("@")
-        folder = Path(snapshot_download(repository, revision=revision or None, allow_patterns=files))
-        return folder, f"{repository}@{folder.name}"  # the hub's cache names a snapshot's folder by its commit
-    except Exception as error:  # many libraries' errors (HTTP, gated, offline), one meaning for the user
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{name}: no such folder, and the hub did not give it ({reason}); check the name, the licence "
-                        "on its page and `hf auth login`, or pass a local folder") from None
+    folder, commit = hub_snapshot(name, files)
+    return folder, f"{name.partition('@')[0]}@{commit}"
 
 
 def build(cfg):
@@ -283,7 +275,7 @@ def build(cfg):
 def load(folder, device="cpu", dtype=torch.float32):
     """The frozen backbone of a published checkpoint folder, in `dtype` on `device`.
 
-    Tensors are read one at a time (peak memory: the model plus one tensor). Raises UserError that names every
+    Tensors are read one at a time (peak memory: the model plus one shard). Raises UserError that names every
     missing, extra or misshapen tensor.
     """
     folder = Path(folder)

@@ -15,18 +15,12 @@ import random
 from collections import Counter
 from pathlib import Path
 
-from data import PIVOT, UserError, file_sha256, pair_row, read_jsonl, run_main, write_atomic, write_jsonl
+from data import PIVOT, length_ratio, pair_row, read_jsonl
+from files import UserError, file_sha256, run_main, write_atomic, write_jsonl
 from generate import (add_engine_arguments, check_counts, claim_run, init_distributed, language_identifier, load_engine, markdown,
                       translate_jsonl)
 
 RULES = ("empty", "cut_off", "off_target", "length_ratio", "duplicate")
-
-
-def length_ratio(a, b):
-    """Longer over shorter, in letters, a Chinese character counting as three. On FLORES-200's human translations this
-    puts the six languages on one scale: 99.9 % of the pairs stay under 2.2 (under 6.1 in plain characters)."""
-    a, b = (sum(3 if "\u3400" <= letter <= "\u9fff" else 1 for letter in text) for text in (a, b))
-    return max(a, b) / max(1, min(a, b))
 
 
 def rejected(row, lang, source, identify, max_ratio):
@@ -69,7 +63,7 @@ def main():
         pool.setdefault(row["src_lang"], {})[row["src"]] = None
     if not pool:
         raise UserError(f"{source_file}: no sentences in it; data.py --train-pairs must leave some of OPUS-100 to the pivot")
-    engine = load_engine(args.model, args.adapter, args.prompt_format, args.device)
+    engine = load_engine(args.model, args.adapter, args.prompt_format, args.device, args.dtype)
     others = [lang for lang in engine.languages if lang != PIVOT]
     if len(others) < 2:
         raise UserError(f"{args.adapter or args.model}: knows {', '.join(engine.languages)}; a pivot needs two languages beside {PIVOT}")

@@ -21,9 +21,9 @@ from tqdm import tqdm
 
 import model as backbone
 from crosslora import ROUTES, CrossLoRA, load_adapter, save_adapter
-from data import (FORMATS, IGNORE, LANGUAGES, Tokenizer, UserError, claim, collate, encode, epoch_order, file_sha256, group_of,
-                  parse_languages, read_json, read_jsonl, run_main, write_atomic)
-from generate import DEFAULT_MODEL, claim_run, device_and_dtype, init_distributed
+from data import FORMATS, IGNORE, LANGUAGES, Tokenizer, collate, encode, epoch_order, group_of, parse_languages, read_jsonl
+from files import UserError, claim, file_sha256, read_json, run_main, write_atomic
+from generate import DEFAULT_MODEL, add_device_arguments, claim_run, device_and_dtype, init_distributed
 
 
 def rdrop_sums(logits1, logits2, labels):
@@ -251,7 +251,7 @@ def parse_args():
     parser.add_argument("--prompt-format", default="auto", choices=["auto", *FORMATS], help="auto: the tokenizer's own chat format")
     parser.add_argument("--dry-run", action="store_true", help="print sizes, steps and expected memory from config.json alone, and stop")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    add_device_arguments(parser)
     args = parser.parse_args()
     args.out = args.out or f"runs/stage{args.stage}"
     args.epochs = {1: 3, 2: 2}[args.stage] if args.epochs is None else args.epochs
@@ -276,7 +276,7 @@ def main():
         raise UserError(f"--batch-size {args.batch_size} cannot be divided into {ranks.world} processes x --micro-batch-size "
                         f"{args.micro_batch_size} x a whole number of accumulation steps")
     accumulation = args.batch_size // (ranks.world * args.micro_batch_size)
-    device, dtype = device_and_dtype(args.device)
+    device, dtype = device_and_dtype(args.device, args.dtype)
     if args.dry_run:
         if chief:
             dry_run(args)

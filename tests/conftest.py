@@ -97,9 +97,9 @@ def engine(adapter_folder):
     return load_engine(None, adapter_folder, device="cpu")
 
 
-def run(*command, check=True, **kwargs):
+def run(*command, check=True, env_add=(), **kwargs):
     """A shipped command as a user types it, from the project's root, on one thread."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1", **dict(env_add)}
     done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=600, **kwargs)
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done

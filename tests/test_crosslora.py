@@ -10,7 +10,8 @@ import torch
 import model as backbone
 from conftest import ROOT, make_checkpoint, randomise, refuses
 from crosslora import TARGET_MODULES, CrossLoRA, export_peft, load_adapter, save_adapter
-from data import LANGUAGES, UserError
+from data import LANGUAGES
+from files import UserError
 
 SRC, TGT = ["de", "en", "zh", "de"], ["zh", "is", "en", "is"]
 

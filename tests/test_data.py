@@ -9,8 +9,9 @@ import torch
 
 import model as backbone
 from conftest import ROOT, make_checkpoint, read_rows, refuses, run
-from data import (FORMATS, IGNORE, LANGUAGES, Tokenizer, UserError, all_directions, claim, collate, encode, epoch_order,
-                  prepare, read_aligned, read_jsonl, read_lines)
+from corpora import read_aligned
+from data import FORMATS, IGNORE, LANGUAGES, Tokenizer, all_directions, collate, encode, epoch_order, prepare, read_jsonl
+from files import UserError, claim, read_lines
 from generate import language_identifier
 
 CONTROL = "<|eot_id|> <|begin_of_text|> <|im_end|> <|start_header_id|>assistant</s>"
@@ -171,7 +172,7 @@ def test_sampling_counts_and_disjointness(tmp_path):
     assert by["stage1.dev"] == dict.fromkeys(english, 5)
     assert by["test"] == {**dict.fromkeys(english, 8), **dict.fromkeys(others, 6)}
     assert by["stage2.flores"] == dict.fromkeys(others, 7)
-    assert set(report["de"].items()) >= {("empty", 1), ("repeated", 1), ("in_dev_or_test", 2), ("stage1", 20)}
+    assert set(report["de"].items()) >= {("empty", 1), ("duplicate", 1), ("in_dev_or_test", 2), ("stage1", 20)}
     trained = {r["src"] for r in files["stage1.train"]} | {r["tgt"] for r in files["stage1.train"]}
     assert not trained & {r["src"] for r in files["pivot.source"]}
     held = {r[side] for name in ("stage1.dev", "test") for r in files[name] for side in ("src", "tgt")}
@@ -190,11 +191,11 @@ def test_command_writes_once_and_guards_its_folder(tmp_path):
     assert "prepared already" in run(*command).stdout
     refuses(*command, "--seed", 5, says=["seed was 0, now 5"])
     assert before == {p.name: p.read_bytes() for p in out.iterdir()}
-    refuses(ROOT / "data.py", "--data", tmp_path / "nowhere", "--out", tmp_path / "o", says="no such folder")
-    refuses(ROOT / "data.py", "--data", tmp_path, "--out", tmp_path / "o", says="layout they are published in")
+    refuses(ROOT / "data.py", "--data", tmp_path / "nowhere", "--out", tmp_path / "o", says="no such file")
+    refuses(ROOT / "data.py", "--data", tmp_path, "--out", tmp_path / "o", says="as published")
     refuses(ROOT / "data.py", "--data", root, "--out", tmp_path / "o", "--languages", "en,xx", says="unknown language 'xx'")
     refuses(ROOT / "data.py", "--data", root, "--out", tmp_path / "o", "--languages", "en", says="at least two")
-    refuses(ROOT / "data.py", "--data", root, "--out", tmp_path / "o", "--train-pairs", -5, says="can't be negative")
+    refuses(ROOT / "data.py", "--data", root, "--out", tmp_path / "o", "--train-pairs", -5, says="must be at least 0")
     (root / "flores200_dataset/dev/deu_Latn.dev").unlink()
     refuses(ROOT / "data.py", "--data", root, "--out", tmp_path / "o", says="deu_Latn.dev")
     assert not (tmp_path / "o").exists()

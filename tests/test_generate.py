@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from conftest import ROOT, TORCHRUN, make_checkpoint, read_rows, refuses, run
-from data import write_jsonl
+from files import write_jsonl
 from generate import Ranks, load_engine, translate_batch, translate_jsonl
 
 

@@ -1,6 +1,7 @@
 """The backbone against `transformers` on checkpoints that transformers itself saved, and its loader."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -9,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import model as backbone
-from data import UserError
+from conftest import SHARED, run
+from files import UserError
 
 SIZES = dict(vocab_size=300, hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4,
              max_position_embeddings=512, bos_token_id=1, eos_token_id=2, initializer_range=0.1, attn_implementation="eager")
@@ -82,6 +84,55 @@ def test_names_of_published_checkpoints(form, shared):
     folder = shared / "tokenizers" / form
     published = set(json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"])
     assert {name for name, _ in backbone.build(backbone.Config.load(folder)).named_parameters()} == published
+
+
+PAPER = {  # the two backbones' published config.json, as far as shapes go, and their number of tensors
+    "llama3": (LlamaConfig, LlamaForCausalLM, 291, dict(
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
+        rope_theta=500000.0, rms_norm_eps=1e-5, max_position_embeddings=8192, tie_word_embeddings=False)),
+    "qwen2.5": (Qwen2Config, Qwen2ForCausalLM, 339, dict(
+        vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4,
+        rope_theta=1000000.0, rms_norm_eps=1e-6, max_position_embeddings=32768, tie_word_embeddings=False)),
+}
+
+
+@pytest.mark.parametrize("form", PAPER)
+def test_full_size_backbones_have_the_tensors_of_transformers(form, tmp_path):
+    """Llama-3-8B and Qwen2.5-7B on the meta device: every name and shape."""
+    make_config, make_model, count, shapes = PAPER[form]
+    make_config(**shapes).save_pretrained(tmp_path)
+    with torch.device("meta"):
+        theirs = {name: tuple(t.shape) for name, t in make_model(make_config(**shapes)).state_dict().items()}
+    ours = {name: tuple(t.shape) for name, t in backbone.build(backbone.Config.load(tmp_path)).state_dict().items()}
+    assert ours == theirs and len(ours) == count
+    published = SHARED / "tokenizers" / form / "config.json"
+    if published.exists():
+        real = json.loads(published.read_text())
+        assert {k: real[k] for k in shapes} == shapes
+
+
+LOAD = """
+import re, sys, torch, model
+read = lambda key: int(re.search(key + r":\\s+(\\d+)", open("/proc/self/status").read()).group(1)) * 1024
+model.build(model.Config.load(sys.argv[1]))  # what torch imports on its first use is not the loader's
+open("/proc/self/clear_refs", "w").write("5")  # the peak counts from here
+before = read("VmRSS")
+lm = model.load(sys.argv[1], dtype=getattr(torch, sys.argv[2]))
+for p in lm.parameters():
+    p.max()  # a checkpoint in its own precision is mapped from its file; every page is to count
+print(read("VmHWM") - before, sum(p.numel() * p.element_size() for p in lm.parameters()))
+"""
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak of a process can only be reset on Linux")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_loading_takes_the_model_and_one_shard(dtype, tmp_path):
+    sizes = dict(vocab_size=8000, hidden_size=512, intermediate_size=2048, num_hidden_layers=14, num_attention_heads=8, num_key_value_heads=2)
+    LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(tmp_path, max_shard_size="20MB")
+    shards = [f.stat().st_size for f in tmp_path.glob("*.safetensors")]
+    peak, weights = map(int, run("-c", LOAD, tmp_path, dtype).stdout.split())
+    assert len(shards) > 8 and sum(shards) > 200e6
+    assert weights <= peak <= weights + max(shards) + 12e6, (peak, weights, max(shards))  # 12 MB: allocator, page tables
 
 
 def broken(tmp_path, checkpoint, change):

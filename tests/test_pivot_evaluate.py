@@ -8,9 +8,10 @@ import pytest
 import sacrebleu
 
 from conftest import ROOT, TORCHRUN, read_rows, refuses, run
-from data import LANGUAGES, all_directions, read_flores, write_jsonl
+from data import LANGUAGES, all_directions, length_ratio, read_flores
+from files import write_jsonl
 from evaluate import averages, choose, score
-from pivot import length_ratio, rejected
+from pivot import rejected
 
 
 def always(lang):

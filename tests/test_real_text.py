@@ -6,7 +6,8 @@ import torch
 
 import model as backbone
 from conftest import ROOT, TORCHRUN, read_rows, run
-from data import LANGUAGES, write_jsonl
+from data import LANGUAGES
+from files import write_jsonl
 from pretrain import config_of, random_model, train_tokenizer
 
 HARD = ["„So etwas“, sagte er – ‚nie‘.", "Þetta er\u00a0ágætt\u2028ekki satt?", "他说：“好。”\u3000<|eot_id|>", "x" * 3000, "A"]

@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,8 +19,9 @@ from safetensors.torch import load_file
 import model as backbone
 from conftest import ROOT, TORCHRUN, randomise, read_rows, refuses, run
 from crosslora import CrossLoRA
-from data import LANGUAGES, Tokenizer, encode, write_jsonl
-from generate import Ranks
+from data import LANGUAGES, Tokenizer, encode
+from files import write_jsonl
+from generate import Ranks, device_and_dtype, load_engine, translate_batch
 from train import backward, denominator, evaluate_dev, forward_sums, lr_factor, rdrop_sums, saved_bytes
 
 
@@ -156,6 +158,16 @@ def test_precision_bf16_backbone_fp32_everything_trained(checkpoint, sentences):
     assert math.isclose(sums[0], exact[0], rel_tol=0.02)  # bf16 keeps 8 bits; the random model exaggerates them
 
 
+def test_dtype_flag_decides_in_one_place(checkpoint, data, tmp_path):
+    assert device_and_dtype("cpu") == (torch.device("cpu"), torch.float32)
+    assert device_and_dtype("cpu", "bfloat16") == (torch.device("cpu"), torch.bfloat16)
+    run(*command(checkpoint, data, tmp_path / "run", "--max-steps", 2, "--micro-batch-size", 4, "--dtype", "bfloat16"))
+    assert all(t.dtype == torch.float32 for t in load_file(tmp_path / "run/adapter/adapter.safetensors").values())
+    engine = load_engine(None, tmp_path / "run/adapter", dtype="bfloat16", device="cpu")
+    assert {p.dtype for p in engine.model.parameters()} == {torch.bfloat16} == {engine.dtype}
+    translate_batch(engine, read_rows(data / "stage1.dev.jsonl"), 4)
+
+
 def test_rdrop_passes_differ_and_none_is_run_without_it(checkpoint, sentences):
     lm, adapter, examples = setup(checkpoint, sentences, dropout=0.3)
     assert forward_sums(lm, adapter, examples[:4], torch.float32, rdrop=True, dropout=True)[1] > 1e-3
@@ -274,6 +286,25 @@ def test_one_and_two_processes_train_the_same_adapter(checkpoint, data, tmp_path
             assert math.isclose(a["dev"]["loss"], b["dev"]["loss"], rel_tol=1e-4)
         else:
             assert math.isclose(a["loss"], b["loss"], rel_tol=1e-4)
+
+
+def test_two_machines_train_what_two_processes_train(checkpoint, data, tmp_path):
+    """Two torchrun agents of one process each, as on two machines that share the run folder; resumed on one."""
+    port = socket.create_server(("127.0.0.1", 0)).getsockname()[1]
+
+    def both_machines(out, *more):
+        agents = [subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", f"--node_rank={node}",
+                                    "--master_addr=127.0.0.1", f"--master_port={port}", *map(str, command(checkpoint, data, out, *more))],
+                                   env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True) for node in (0, 1)]
+        outputs = [agent.communicate(timeout=300)[0] for agent in agents]
+        assert [agent.returncode for agent in agents] == [0, 0]
+        return outputs
+
+    more = ("--micro-batch-size", 2, "--max-steps", 4)
+    outputs = both_machines(tmp_path / "machines", *more)
+    assert "4 = 2 processes x 2 x accumulation 1" in outputs[0] and not outputs[1]  # the first machine alone reports
+    run(*TORCHRUN, *command(checkpoint, data, tmp_path / "processes", *more))
+    same_run(tmp_path / "machines", tmp_path / "processes")
 
 
 def test_training_leaves_an_absent_language_alone(checkpoint, data, tmp_path):

@@ -23,7 +23,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import model as backbone  # noqa: E402
-from data import IGNORE, LANGUAGES, PROMPT, UserError, claim, file_sha256, read_flores, read_opus, run_main, write_atomic  # noqa: E402
+from data import IGNORE, LANGUAGES, PROMPT, read_flores, read_opus  # noqa: E402
+from files import UserError, claim, file_sha256, run_main, write_atomic  # noqa: E402
 from world import PHRASE, meanings, parts, sentence  # noqa: E402
 
 CONTROL = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]

@@ -14,7 +14,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's scripts lie flat at its root
-from data import LANGUAGES, claim, run_main, write_atomic  # noqa: E402
+from data import LANGUAGES  # noqa: E402
+from files import claim, run_main, write_atomic  # noqa: E402
 
 # One noun a line. German, Icelandic, Czech, Russian: gender, nominative, accusative (Icelandic with its suffixed
 # article); Czech and Russian masculines are "a" (animate) or "i" (inanimate). Chinese: measure word, noun.

@@ -1,0 +1,164 @@
+"""OPUS-100 and FLORES-200 (section 4.1): fetched from the hub or from their publishers, read as their publishers ship them.
+
+    corpora/opus-100-corpus/v1.0/supervised/de-en/opus.de-en-{train,dev,test}.{de,en}
+    corpora/flores200_dataset/{dev,devtest}/deu_Latn.{dev,devtest}
+
+Whatever the source, it is these line-aligned files that are read; sources.json beside them says where they are from.
+Files that are there already are not fetched again, so sources can be mixed and a stopped download goes on.
+"""
+
+import http.client
+import json
+import os
+import tarfile
+import urllib.request
+import zlib
+from pathlib import Path
+
+from tqdm import tqdm
+
+from files import UserError, file_sha256, hub_snapshot, read_json, read_lines, write_atomic
+
+OPUS, FLORES = "opus-100-corpus/v1.0/supervised", "flores200_dataset"
+OPUS_URL = "https://object.pouta.csc.fi/OPUS-100/v1.0/opus-100-corpus-{pair}-v1.0.tar.gz"
+FLORES_URL = "https://dl.fbaipublicfiles.com/nllb/flores200_dataset.tar.gz"
+ARCHIVES = {  # bytes and SHA-256 of the publishers' archives; another pair's are not checked but recorded
+    "cs-en": (39673827, "e870a377d0eb7327ad9f5e4d979feb41ad0e0a331bc176fcdd7e45ecdda1ff0f"),
+    "de-en": (67205361, "aca2cb2f71268700c5734c7b177fbc91dcadc1ac59844000a85d9d10d0bb19c0"),
+    "en-is": (28831218, "1dfc59b45631dbf849c75a23b14379b05296cf651e24dd2df7ab3ab85f916624"),
+    "en-ru": (68501634, "422c96c952e37a0e7ae924538f6c521a9dcedb200e0b29eab07a6e3fd00cca9d"),
+    "en-zh": (83265500, "c417af397ec380032528a9de8e2fbed40e2de78e0bcc6bace0de257a01ae6635"),
+    "flores-200": (25585843, "b8b0b76783024b85797e5cc75064eb83fc5288b41e9654dabc7be6ae944011f6"),
+}
+OPUS_HUB = "Helsinki-NLP/opus-100"
+FLORES_HUB = "openlanguagedata/flores_plus"  # gated; FLORES+, which corrects some of FLORES-200's sentences
+FLORES_PLUS = {"zho_Hans": "cmn_Hans"}  # codes that FLORES+ renamed
+
+
+def opus_files(root, pair, split):
+    """The two line-aligned files of a split; `pair` has its codes in alphabetical order, such as de-en."""
+    return [Path(root) / OPUS / pair / f"opus.{pair}-{split}.{code}" for code in pair.split("-")]
+
+
+def flores_file(root, code, split):
+    return Path(root) / FLORES / split / f"{code}.{split}"
+
+
+def read_aligned(files):
+    """Line-aligned files, one per language -> list of tuples. Raises UserError when their line counts differ."""
+    columns = [read_lines(file) for file in files]
+    for file, column in zip(files, columns):
+        if len(column) != len(columns[0]):
+            raise UserError(f"{files[0]} has {len(columns[0])} lines but {file} has {len(column)}; they must be aligned")
+    return list(zip(*([text.strip() for text in column] for column in columns)))
+
+
+def write_lines(path, lines):
+    """One sentence a line. A line end inside a sentence would shift all that follow, so it becomes a space."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, "".join(" ".join(line.splitlines()) + "\n" if "\n" in line or "\r" in line else line + "\n" for line in lines))
+
+
+def download(url, path, size=None, sha256=None):
+    """Fetch `url` to `path`, going on from `path`.part if a download was stopped. `path` appears when it is whole and
+    has the size and hash that were published; a file put there by hand is held to them too. Raises UserError."""
+    part = Path(f"{path}.part")
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        have = part.stat().st_size if part.exists() else 0
+        try:
+            if have == 0 or have != size:
+                request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+                with urllib.request.urlopen(request, timeout=60) as response, open(part, "ab") as file:
+                    if response.status != 206:  # 206: the server goes on where we were; else it starts anew
+                        file.truncate(have := 0)
+                    size = size or have + int(response.headers["Content-Length"])
+                    with tqdm(total=size, initial=have, desc=path.name, unit="B", unit_scale=True, disable=None) as bar:
+                        while block := response.read(1 << 20):
+                            bar.update(file.write(block))
+        except (OSError, http.client.HTTPException) as error:
+            raise UserError(f"{url}: {getattr(error, 'reason', error) or type(error).__name__}; the same command goes on from what is "
+                            f"there. Or fetch it elsewhere and put it at {path}, or try another --source") from None
+        if part.stat().st_size < size:
+            raise UserError(f"{url}: the connection ended after {part.stat().st_size} of {size} bytes; the same command goes on from there")
+        os.replace(part, path)
+    found = (path.stat().st_size, file_sha256(path))
+    if size is not None and found[0] != size or sha256 is not None and found[1] != sha256:
+        raise UserError(f"{path}: not the file that was published ({found[0]} bytes, SHA-256 {found[1]}; "
+                        f"published: {size} bytes, {sha256}); remove it and try again")
+    return found[1]
+
+
+def extract(archive, targets):
+    """Unpack the members of a .tar.gz that `targets` maps to paths, each atomically."""
+    left = dict(targets)
+    try:
+        with tarfile.open(archive) as tar:
+            for member in tar:
+                target = left.pop(member.name.removeprefix("./"), None)
+                if target is not None:
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    temporary = Path(f"{target}.tmp")
+                    temporary.write_bytes(tar.extractfile(member).read())
+                    os.replace(temporary, target)
+                if not left:
+                    return
+    except (tarfile.TarError, OSError, EOFError, zlib.error, AttributeError) as error:
+        raise UserError(f"{archive}: can't be unpacked ({error}); remove it and try again") from None
+    raise UserError(f"{archive}: no {next(iter(left))} in it")
+
+
+def from_publisher(root, name, targets):
+    """`name`: an OPUS-100 pair or flores-200. Returns what sources.json says of it."""
+    url = FLORES_URL if name == "flores-200" else OPUS_URL.format(pair=name)
+    archive = root / url.rpartition("/")[2]
+    sha256 = download(url, archive, *ARCHIVES.get(name, (None, None)))
+    extract(archive, {str(path.relative_to(root)): path for path in targets})
+    return {"source": url, "sha256": sha256}
+
+
+def from_hub(root, name, targets):
+    """The same from the hub's datasets: OPUS-100 as parquet, FLORES+ as parquet or JSON lines."""
+    import pyarrow.parquet  # only this source needs it
+
+    repository = FLORES_HUB if name == "flores-200" else OPUS_HUB
+    plus = lambda path: f"{path.parent.name}/{FLORES_PLUS.get(path.stem, path.stem)}"
+    patterns = [f"{name}/*.parquet"] if name != "flores-200" else [f"{plus(p)}.{kind}" for p in targets for kind in ("parquet", "jsonl")]
+    folder, commit = hub_snapshot(repository, patterns, repo_type="dataset")
+    columns = {}
+    for path in targets:
+        if name == "flores-200":
+            files = sorted(folder.glob(plus(path) + ".*"))[:1]
+        else:
+            split, lang = path.stem.rpartition("-")[2], path.suffix[1:]
+            files = sorted(folder.glob(f"{name}/{ {'dev': 'validation'}.get(split, split)}-*.parquet"))
+        if not files:
+            raise UserError(f"{repository}: no {path.name} in it as we know its layout; try another --source")
+        if files[0].suffix == ".jsonl":
+            rows = [json.loads(line) for line in read_lines(files[0])]
+        else:
+            rows = pyarrow.parquet.read_table(files).to_pylist()
+        if name == "flores-200":
+            columns[path] = [row["text"] for row in sorted(rows, key=lambda row: row["id"])]
+        else:
+            columns[path] = [row["translation"][lang] for row in rows]
+    for path, lines in columns.items():
+        write_lines(path, lines)
+    return {"source": f"hub: {repository}", "revision": commit}
+
+
+def fetch(root, pairs, flores_codes, source):
+    """Bring the files of OPUS-100 `pairs` and FLORES-200 codes that `root` lacks from `source`: publisher or hub."""
+    root, get = Path(root), {"publisher": from_publisher, "hub": from_hub}[source]
+    parts = {pair: [f for split in ("train", "dev", "test") for f in opus_files(root, pair, split)] for pair in pairs}
+    parts["flores-200"] = [flores_file(root, code, split) for code in flores_codes for split in ("dev", "devtest")]
+    for name, targets in parts.items():
+        if not all(path.exists() for path in targets):
+            known = {**sources(root), name: get(root, name, targets)}
+            write_atomic(root / "sources.json", json.dumps(known, indent=2) + "\n")
+
+
+def sources(root):
+    """What is known of where the corpora are from: {pair or flores-200: {"source": ..., ...}}."""
+    path = Path(root) / "sources.json"
+    return read_json(path) if path.exists() else {}

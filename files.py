@@ -1,0 +1,121 @@
+"""Files, folders and errors: what every script promises its user about them. Nothing here knows of languages or models."""
+
+import fcntl
+import hashlib
+import json
+import os
+import sys
+from pathlib import Path
+
+
+class UserError(Exception):
+    """Something the user can mend; its text is the one line they read."""
+
+
+def run_main(main):
+    """Call `main()`; a UserError becomes one line on stderr and exit status 2, Ctrl-C exit status 130."""
+    try:
+        main()
+    except UserError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # every rank of a machine sees the same files: say it once
+            print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped; the same command continues from here", file=sys.stderr)
+        sys.exit(130)
+
+
+def write_atomic(path, text):
+    """Write `text` to `path` so that a reader, or a kill, finds the old file or the new one, never half of it."""
+    temporary = Path(f"{path}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def write_jsonl(path, rows):
+    write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def read_json(path):
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not a JSON object")
+    return content
+
+
+def file_sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_lines(path):
+    """Lines of a text file, split at \\n only: U+2028 or NEL inside a sentence is text, not a line end."""
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from None
+    lines = text.split("\n")
+    return [line.removesuffix("\r") for line in (lines[:-1] if lines[-1] == "" else lines)]
+
+
+def claim(folder, config, write=True):
+    """Make `folder` the home of a run with `config`, and lock it until the returned file is closed.
+
+    Raises UserError if a run with other settings lives there or another process works there, so that the same
+    command resumes and a different one never overwrites. write=False only compares.
+    """
+    folder, path = Path(folder), Path(folder) / "config.json"
+    if path.exists():
+        old = read_json(path)
+        differ = [f"{k} was {old.get(k)!r}, now {config.get(k)!r}" for k in sorted({*old, *config}) if old.get(k) != config.get(k)]
+        if differ:
+            more = f"; and {len(differ) - 3} more" if len(differ) > 3 else ""
+            raise UserError(f"{folder}: holds a run with other settings ({'; '.join(differ[:3])}{more}); choose another --out or remove it")
+    elif folder.exists() and not folder.is_dir() or folder.is_dir() and any(not p.name.endswith((".tmp", ".lock")) for p in folder.iterdir()):
+        raise UserError(f"{folder}: not empty and not a run of this script; choose another --out")
+    if not write:
+        return None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "w")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{folder}: another process is at work in it (workers outlive a killed torchrun; end them first)") from None
+    except OSError as error:
+        raise UserError(f"{folder}: {error.strerror or error}") from None
+    claim(folder, config, write=False)  # again, now that nobody else can write
+    if not path.exists():
+        write_atomic(path, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    return lock
+
+
+def hub_snapshot(name, patterns, repo_type="model"):
+    """(folder, commit) of the files of a hub repository that match `patterns`, downloaded where they are not in the
+    hub's cache yet. `name` is owner/name or owner/name@revision; HF_HUB_OFFLINE=1 takes the cache alone. Raises
+    UserError when the hub does not give them."""
+    from huggingface_hub import snapshot_download  # slow to import, and local files need none of it
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    repository, _, revision = name.partition("@")
+    try:
+        folder = Path(snapshot_download(repository, repo_type=repo_type, revision=revision or None, allow_patterns=patterns))
+    except Exception as error:  # many libraries' errors, one meaning for the user
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        page = f"https://huggingface.co/{'datasets/' if repo_type == 'dataset' else ''}{repository}"
+        if isinstance(error, GatedRepoError):
+            todo = f"accept its licence at {page}, then `hf auth login`"
+        elif isinstance(error, RepositoryNotFoundError):
+            todo = "check the name; a private repository needs `hf auth login`"
+        elif isinstance(error, LocalEntryNotFoundError):
+            todo = "no network (or HF_HUB_OFFLINE is set) and not in the hub's cache; fetch it elsewhere and pass the local folder"
+        else:
+            todo = f"check the name, the revision and {page}, or pass a local folder"
+        raise UserError(f"{name}: the hub did not give it ({reason}); {todo}") from None
+    return folder, folder.name  # the cache names a snapshot's folder by its commit
