@@ -1,9 +1,11 @@
-"""CrossLoRA: one LoRA expert a language, A picked by the source and B by the target (section 3.2).
+"""CrossLoRA: one LoRA expert a language, A picked by the source and B by the target (section 3.2), and its rivals.
 
     python crosslora.py --adapter runs/stage2/adapter --src de --tgt zh --peft exported    # one direction for peft, vLLM
+    python crosslora.py --counts                                                           # Table 3's last column
 
-Every adapted projection holds a bank of A matrices (R x D_in) and a bank of B matrices (D_out x R). A static router
-turns a sequence's (source, target) into one expert of each bank. B batch rows, T tokens, R rank.
+Every adapted projection holds a bank of A matrices (R x D_in) and a bank of B matrices (D_out x R). A router turns a
+sequence's (source, target) into one expert of each bank; only MoLoRA (top-k) learns it, from each token. B batch rows,
+T tokens, R rank, n experts of a learned router.
 """
 
 import argparse
@@ -11,6 +13,7 @@ import json
 import math
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -23,12 +26,31 @@ from files import UserError, read_json, run_main, write_atomic
 TARGET_MODULES = ("gate_proj", "up_proj", "down_proj")  # section A.1
 
 
+GROUPS = "en,de,is/cs,ru/zh"  # Table 4
+
+
 def crosslora_route(src_lang, tgt_lang):
     """The static router of eq. 5: f(x; i, j) = 1 only for i = x_src and j = x_tgt. Returns (expert of A, expert of B)."""
     return src_lang, tgt_lang
 
 
-ROUTES = {"crosslora": crosslora_route}
+ROUTES = {  # sections 4.3 and 5.2: (source, target) -> names of the experts of A and B
+    "crosslora": crosslora_route,
+    "lora": lambda src_lang, tgt_lang: ("all", "all"),  # rank and alpha times the number of languages: as many parameters
+    "molora-static": lambda src_lang, tgt_lang: (f"{src_lang}-{tgt_lang}",) * 2,
+    "molora-topk": None,  # learned, see RoutedLowRank
+    "shared-source": lambda src_lang, tgt_lang: ("all", tgt_lang),
+    "shared-target": lambda src_lang, tgt_lang: (src_lang, "all"),
+    "groups": crosslora_route,  # between groups of languages
+}
+
+
+def parse_groups(text, languages):
+    """'en,de,is/cs,ru/zh' -> {language: its group's name}. Raises UserError unless each language is in one group."""
+    groups = [[code.strip() for code in group.split(",")] for group in text.split("/")]
+    if sorted(code for group in groups for code in group) != sorted(languages):
+        raise UserError(f"--groups {text}: must name each of {', '.join(languages)} once")
+    return {code: "+".join(group) for group in groups for code in group}
 
 
 class LowRank:
@@ -47,50 +69,94 @@ class LowRank:
         return LowRank(self.A[rows], self.B[rows], self.scale, self.dropout)
 
 
+class RoutedLowRank:
+    """MoLoRA (top-k): every token picks its experts, x (B, T, D_in) -> (B, T, D_out), the same for all rows."""
+
+    def __init__(self, A, B, router, top_k, scale, dropout):
+        self.A, self.B, self.router = A, B, router  # (n, R, D_in), (n, D_out, R), fp32 (n, D_in)
+        self.top_k, self.scale, self.dropout, self.gates = top_k, scale, dropout, None
+
+    def __call__(self, x):
+        scores = F.linear(x.float(), self.router).softmax(dim=-1)  # eq. 2: (B, T, D_in) -> (B, T, n)
+        weights, chosen = scores.topk(self.top_k, dim=-1)  # (B, T, k)
+        self.gates = torch.zeros_like(scores).scatter(-1, chosen, weights)  # s_i of the chosen, 0 for the others
+        x = F.dropout(x, self.dropout, training=self.dropout > 0)
+        h = F.linear(x, self.A.flatten(0, 1)).unflatten(-1, self.A.shape[:2])  # (B, T, n*R) -> (B, T, n, R)
+        h = (h * self.gates.to(x.dtype)[..., None] * self.scale).flatten(2)  # (B, T, n, R) -> (B, T, n*R)
+        return F.linear(h, self.B.transpose(0, 1).flatten(1))  # eq. 3: sum over experts; B: (n, D_out, R) -> (D_out, n*R)
+
+    def select(self, rows):
+        return self
+
+
 class Bank(nn.Module):
     """The experts of one projection, each its own Parameter: an expert that no sequence of a step uses has no
-    gradient at all, so the optimizer passes it over, moments and weight decay included (section 3.2, "frozen")."""
+    gradient at all, so the optimizer passes it over, moments and weight decay included (section 3.2, "frozen").
+    With a learned router all experts see every batch, and those that no token chose get a gradient of zero."""
 
-    def __init__(self, d_in, d_out, rank, a_experts, b_experts):
+    def __init__(self, d_in, d_out, rank, a_experts, b_experts, learned):
         super().__init__()
         self.lora_A = nn.ParameterDict({name: nn.Parameter(torch.empty(rank, d_in)) for name in a_experts})
         self.lora_B = nn.ParameterDict({name: nn.Parameter(torch.zeros(d_out, rank)) for name in b_experts})
         for A in self.lora_A.values():
             nn.init.kaiming_uniform_(A, a=math.sqrt(5))  # as LoRA's authors and peft do; B = 0, so the start is the backbone
+        self.router = nn.Parameter(torch.empty(len(a_experts), d_in)) if learned else None  # W^MoL of eq. 2
+        if learned:
+            nn.init.kaiming_uniform_(self.router, a=math.sqrt(5))  # not 0: equal scores would send all tokens to one expert
 
 
 def gather(experts, names, index, dtype):
     """One expert a row: ParameterDict of (M, N) -> (B, M, N). `names` are the experts present, `index` (B,) into them."""
     stacked = torch.stack([experts[name] for name in names]).to(dtype)  # (present, M, N)
-    return stacked[index]
+    return stacked.expand(len(index), -1, -1) if len(names) == 1 else stacked[index]
 
 
 class CrossLoRA(nn.Module):
     """All experts of all layers. Calling it with the languages of a batch gives what model.CausalLM takes as `lora`."""
 
-    def __init__(self, cfg, languages, rank=16, alpha=64, dropout=0.1, variant="crosslora"):
-        """cfg: the backbone's model.Config. rank, alpha, dropout: section 4.2. Parameters are fp32 on the CPU."""
+    def __init__(self, cfg, languages, rank=16, alpha=64, dropout=0.1, variant="crosslora", groups=GROUPS, top_k=1):
+        """cfg: the backbone's model.Config. rank, alpha, dropout: section 4.2. variant: a key of ROUTES; groups and
+        top_k matter to `groups` and `molora-topk`. Parameters are fp32 on the CPU."""
         super().__init__()
         self.languages, self.rank, self.alpha, self.dropout, self.variant = list(languages), rank, alpha, dropout, variant
-        self.route = ROUTES[variant]
-        pairs = [(s, t) for s in languages for t in languages if s != t]
-        a_experts, b_experts = (list(dict.fromkeys(side)) for side in zip(*(self.route(s, t) for s, t in pairs)))
+        self.groups, self.top_k, self.learned = groups if variant == "groups" else None, top_k, variant == "molora-topk"
+        self.group = parse_groups(groups, languages) if variant == "groups" else {code: code for code in languages}
+        if self.learned:
+            if not 1 <= top_k <= len(languages):
+                raise UserError(f"--top-k {top_k}: there are {len(languages)} experts")
+            a_experts = b_experts = [f"e{i}" for i in range(len(languages))]
+        else:
+            pairs = [(s, t) for s in languages for t in languages if s != t]
+            a_experts, b_experts = (list(dict.fromkeys(side)) for side in zip(*(self.route(s, t) for s, t in pairs)))
         sizes = {"gate_proj": (cfg.hidden_size, cfg.intermediate_size), "up_proj": (cfg.hidden_size, cfg.intermediate_size),
                  "down_proj": (cfg.intermediate_size, cfg.hidden_size)}
         self.layers = nn.ModuleList(
-            nn.ModuleDict({name: Bank(*sizes[name], rank, a_experts, b_experts) for name in TARGET_MODULES})
+            nn.ModuleDict({name: Bank(*sizes[name], self.expert_rank, a_experts, b_experts, self.learned) for name in TARGET_MODULES})
             for _ in range(cfg.num_hidden_layers)
         )
 
+    @property
+    def expert_rank(self):
+        """Rank of one expert. Plain LoRA's is scaled, and alpha with it, to CrossLoRA's parameter count (section 4.3)."""
+        return self.rank * (len(self.languages) if self.variant == "lora" else 1)
+
+    def route(self, src_lang, tgt_lang):
+        """Names of the experts of A and B for a direction. Not defined where tokens are routed."""
+        return ROUTES[self.variant](self.group[src_lang], self.group[tgt_lang])
+
     def forward(self, src_langs, tgt_langs, dtype=torch.float32, dropout=False):
-        """The experts of each row, gathered: a list over layers of {projection: LowRank}.
+        """The experts of each row: a list over layers of {projection: LowRank or RoutedLowRank}.
 
         src_langs, tgt_langs: B language codes. dtype: that of the backbone's activations. Gradients reach the
         experts present and no others.
         """
+        scale, p = self.alpha / self.rank, self.dropout if dropout else 0.0
+        if self.learned:
+            every = lambda experts: torch.stack(list(experts.values())).to(dtype)  # (n, M, N)
+            return [{name: RoutedLowRank(every(bank.lora_A), every(bank.lora_B), bank.router, self.top_k, scale, p)
+                     for name, bank in layer.items()} for layer in self.layers]
         routes = [self.route(s, t) for s, t in zip(src_langs, tgt_langs, strict=True)]
         (a_names, a_index), (b_names, b_index) = (self._index(side) for side in zip(*routes))
-        scale, p = self.alpha / self.rank, self.dropout if dropout else 0.0
         return [
             {name: LowRank(gather(bank.lora_A, a_names, a_index, dtype), gather(bank.lora_B, b_names, b_index, dtype), scale, p)
              for name, bank in layer.items()}
@@ -106,7 +172,7 @@ class CrossLoRA(nn.Module):
         """The content of adapter.json: all that is needed to rebuild the adapter and to refuse a wrong backbone."""
         return {
             "variant": self.variant, "languages": self.languages, "rank": self.rank, "alpha": self.alpha,
-            "dropout": self.dropout, "target_modules": list(TARGET_MODULES), "backbone": str(backbone_name),
+            "groups": self.groups, "top_k": self.top_k if self.learned else None, "dropout": self.dropout, "target_modules": list(TARGET_MODULES), "backbone": str(backbone_name),
             "backbone_fingerprint": fingerprint, "prompt_format": prompt_format, "tokenizer_sha256": tokenizer_sha256,
             "seed": seed, "steps": steps,
         }
@@ -128,8 +194,8 @@ def read_description(folder):
     if not path.exists():
         raise UserError(f"{folder}: no adapter.json in it; --adapter takes the `adapter` folder that train.py writes")
     description = read_json(path)
-    for key in ("variant", "languages", "rank", "alpha", "dropout", "target_modules", "backbone", "backbone_fingerprint",
-                "prompt_format", "tokenizer_sha256"):
+    for key in ("variant", "languages", "rank", "alpha", "groups", "top_k", "dropout", "target_modules", "backbone",
+                "backbone_fingerprint", "prompt_format", "tokenizer_sha256"):
         if key not in description:
             raise UserError(f"{path}: no {key!r} in it")
     if description["variant"] not in ROUTES:
@@ -153,7 +219,8 @@ def load_adapter(folder, cfg, fingerprint, tokenizer_sha256=None):
                         f"{description['backbone_fingerprint']}; this one has {fingerprint})")
     if tokenizer_sha256 not in (None, description["tokenizer_sha256"]):
         raise UserError(f"{folder}: made with another tokenizer.json than the one beside this backbone")
-    adapter = CrossLoRA(cfg, description["languages"], description["rank"], description["alpha"], description["dropout"], description["variant"])
+    adapter = CrossLoRA(cfg, *(description[k] for k in ("languages", "rank", "alpha", "dropout", "variant")),
+                        description["groups"] or GROUPS, description["top_k"] or 1)
     tensors = read_tensors(path)
     expected = {name: tuple(p.shape) for name, p in adapter.state_dict().items()}
     wrong = [f"{n} is missing" for n in expected if n not in tensors] + [f"{n} is not in this adapter" for n in tensors if n not in expected]
@@ -174,7 +241,11 @@ def export_peft(folder, src_lang, tgt_lang, out):
         raise UserError(f"{out}: exists already; choose another --peft or remove it")
     if src_lang == tgt_lang:
         raise UserError(f"--src and --tgt are both {src_lang}")
-    a, b = ROUTES[description["variant"]](src_lang, tgt_lang)
+    if description["variant"] == "molora-topk":
+        raise UserError(f"{folder}: a learned router is not one LoRA; only adapters with a static router can be exported")
+    shape = SimpleNamespace(hidden_size=1, intermediate_size=1, num_hidden_layers=0)
+    adapter = CrossLoRA(shape, *(description[k] for k in ("languages", "rank", "alpha", "dropout", "variant")), description["groups"] or GROUPS)
+    a, b = adapter.route(src_lang, tgt_lang)
     pinned = description["backbone"]  # as model.resolve names it
     repository, revision = pinned.split("@", 1) if "@" in pinned and not Path(pinned).is_absolute() else (pinned, None)
     tensors = {}
@@ -185,18 +256,44 @@ def export_peft(folder, src_lang, tgt_lang, out):
     out.mkdir(parents=True, exist_ok=True)
     save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": repository, "revision": revision,
-              "r": description["rank"], "lora_alpha": description["alpha"], "lora_dropout": description["dropout"],
+              "r": adapter.expert_rank, "lora_alpha": description["alpha"] * adapter.expert_rank / description["rank"], "lora_dropout": description["dropout"],
               "target_modules": description["target_modules"], "bias": "none", "fan_in_fan_out": False, "inference_mode": True}
     write_atomic(out / "adapter_config.json", json.dumps(config, indent=2) + "\n")
 
 
+def router_load(lora, tokens):
+    """How a learned router spread the tokens of the last pass: (B, n) shares, the mean over layers and projections.
+    tokens: (B, T) bool, the positions that count. Rows without any give 0."""
+    chosen = torch.stack([update.gates > 0 for layer in lora for update in layer.values()]).float().mean(0)  # (B, T, n)
+    picks = (chosen * tokens[..., None]).sum(1)  # (B, T, n) -> (B, n)
+    return picks / picks.sum(-1, keepdim=True).clamp(min=1e-9)
+
+
+def print_counts(rank):
+    """Trainable parameters of every variant on the paper's two backbones, and their share of the backbone (Table 3)."""
+    languages = ["en", "de", "is", "cs", "ru", "zh"]
+    for name, D, F_, layers, total in (("Llama-3-8B", 4096, 14336, 32, 8_030_261_248), ("Qwen2.5-7B", 3584, 18944, 28, 7_615_616_512)):
+        print(f"{name}, {total:,} parameters:")
+        for variant in ROUTES:
+            with torch.device("meta"):
+                shape = SimpleNamespace(hidden_size=D, intermediate_size=F_, num_hidden_layers=layers)
+                count = sum(p.numel() for p in CrossLoRA(shape, languages, rank, variant=variant).parameters())
+            print(f"  {variant:<14} {count:>13,}  {count / total:6.2%}")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--adapter", required=True, help="adapter folder that train.py wrote")
-    parser.add_argument("--src", required=True, help="source language code: picks A")
-    parser.add_argument("--tgt", required=True, help="target language code: picks B")
-    parser.add_argument("--peft", required=True, help="folder to write the plain LoRA adapter to")
+    parser.add_argument("--counts", action="store_true", help="print the trainable parameters of every variant and stop")
+    parser.add_argument("--rank", type=int, default=16, help="r of --counts (section 4.2)")
+    parser.add_argument("--adapter", help="adapter folder that train.py wrote")
+    parser.add_argument("--src", help="source language code: picks A")
+    parser.add_argument("--tgt", help="target language code: picks B")
+    parser.add_argument("--peft", help="folder to write the plain LoRA adapter to")
     args = parser.parse_args()
+    if args.counts:
+        return print_counts(args.rank)
+    if not (args.adapter and args.src and args.tgt and args.peft):
+        raise UserError("--adapter, --src, --tgt and --peft are needed, or --counts")
     export_peft(args.adapter, args.src, args.tgt, args.peft)
     print(f"{args.src} -> {args.tgt}: {args.peft}")
 

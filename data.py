@@ -177,6 +177,10 @@ def encode(tokenizer, pairs, max_length=512):
     return kept, len(examples) - len(kept)
 
 
+def target_count(example):
+    return len(example.ids) - example.prompt_length
+
+
 def collate(examples):
     """Examples -> tokens (B, T) and labels (B, T), padded on the right. labels[b, t] is the token after tokens[b, t]
     where that is a target token or the end of turn, else IGNORE: prompts and pads are never trained on."""
@@ -284,6 +288,29 @@ def prepare(root, languages, train_pairs=20000, dev_pairs=2000, test_pairs=2000,
         if PIVOT not in (src_lang, tgt_lang):
             files["test"] += rows["devtest"][:test_pairs]
     return files, report
+
+
+def read_stage_data(args):
+    """(languages, train, dev, files) of a stage: Stage 1 the English-centric files; Stage 2 those, FLORES-200 in the
+    other directions, and the pseudo pairs (section 3.3, Table 5)."""
+    data = Path(args.data)
+    if not (data / "manifest.json").exists():
+        raise UserError(f"{data}: no manifest.json in it; --data takes a folder that data.py has finished")
+    languages = parse_languages(read_json(data / "config.json").get("languages", ""))
+    train, dev = [data / "stage1.train.jsonl"], [data / "stage1.dev.jsonl"]
+    if args.stage == 2:
+        if args.pseudo is None:
+            raise UserError("--stage 2 needs --pseudo, the folder that pivot.py wrote")
+        train += [data / "stage2.flores.jsonl", Path(args.pseudo) / "pseudo.train.jsonl"]
+        dev += [Path(args.pseudo) / "pseudo.dev.jsonl"]
+        if args.stage_2_data == "pseudo":
+            train, dev = train[-1:], dev[-1:]
+        if not train[-1].exists():
+            raise UserError(f"{train[-1]}: no such file; --pseudo takes the folder of a finished pivot.py run")
+        if train[-1].stat().st_size == 0:
+            raise UserError(f"{train[-1]}: no pseudo pairs in it; Stage 2 would be Stage 1 again")
+    rows = [[row for file in files for row in read_jsonl(file, languages)] for files in (train, dev)]
+    return languages, *rows, [*train, *dev]
 
 
 def main():

@@ -1,34 +1,39 @@
-"""Translate and score test sets: BLEU, off-target rate and cut-off rate a direction, averaged as in Table 1.
+"""Translate and score test sets in any directions, averaged as in Table 1 (sections 4.1, 4.4 and A.5).
 
     torchrun --nproc_per_node=2 evaluate.py --all-directions --adapter runs/stage2/adapter --out runs/eval/stage2
     python evaluate.py --directions de-zh,zh-de --adapter runs/stage2/adapter --out runs/eval/zh
     python evaluate.py --all-directions --hypotheses anybody.jsonl --out runs/eval/anybody    # score only
-    python evaluate.py --table runs/eval/base runs/eval/stage1 runs/eval/stage2               # Table 1 of finished runs
+    python evaluate.py --table runs/eval/base runs/eval/stage1 --compare paper                 # Tables 1, 8 and 9
+    python evaluate.py --out runs/eval/stage2 --against runs/eval/stage1                       # paired bootstrap
+    python evaluate.py --curves runs/stage1 runs/stage2 --out curves.png
 
-Writes hypotheses.jsonl, scores.json and table.md. The same command again continues a stopped run.
+Writes hypotheses.jsonl, scores.json, table.md and heat maps. The same command again continues a stopped run.
 """
 
 import argparse
 import json
 from pathlib import Path
 
-from sacrebleu.metrics import BLEU
 from tqdm import tqdm
 
-from data import LANGUAGES, all_directions, group_of, read_jsonl
-from files import UserError, file_sha256, read_json, run_main, write_atomic
-from generate import (add_engine_arguments, check_counts, claim_run, init_distributed, language_identifier, load_engine, markdown,
-                      translate_jsonl)
+from data import LANGUAGES, PIVOT, all_directions, read_jsonl
+from files import UserError, file_sha256, markdown, run_main, write_atomic, write_jsonl
+from generate import add_engine_arguments, check_counts, claim_run, engine_of, init_distributed, language_identifier, translate_jsonl
+from scores import NAMES, comet_scores, load_comet, paired_bootstrap, score
+from tables import averages, compare, curves, direction_table, heat_maps, table_1
 
-SCORES = ("bleu", "off_target", "off_target_ref", "cut_off", "empty")
-COLUMNS = {"english": "English-centric", "non_english": "non-English-centric", "average": "Average"}
+
+def group(rows):
+    """Rows by direction: {(src, tgt): rows}."""
+    by_direction = {}
+    for row in rows:
+        by_direction.setdefault((row["src_lang"], row["tgt_lang"]), []).append(row)
+    return by_direction
 
 
 def choose(rows, source, wanted):
     """{(src, tgt): rows} of the wanted directions ("all", or "de-zh,en-de"), English-centric first."""
-    by_direction = {}
-    for row in rows:
-        by_direction.setdefault((row["src_lang"], row["tgt_lang"]), []).append(row)
+    by_direction = group(rows)
     present = [lang for lang in LANGUAGES if any(lang in pair for pair in by_direction)]
     if wanted == "all":
         directions = all_directions(present)
@@ -43,51 +48,37 @@ def choose(rows, source, wanted):
     return {pair: by_direction[pair] for pair in directions}
 
 
-def score(rows, tgt_lang, identify):
-    """Scores of one direction's rows (each with tgt and hyp), in percent, and BLEU's signature.
-
-    off_target: hypotheses that langid takes for another language, empty ones included; off_target_ref is the same
-    for the references, so that the identifier's own errors can be told from the system's.
-    """
-    hyps, refs = [row["hyp"] for row in rows], [row["tgt"] for row in rows]
-    bleu = BLEU(tokenize=LANGUAGES[tgt_lang].bleu)
-    share = lambda flags: 100 * sum(flags) / len(rows)
-    return {
-        "bleu": bleu.corpus_score(hyps, [refs]).score,
-        "off_target": share(not h.strip() or identify(h) != tgt_lang for h in hyps),
-        "off_target_ref": share(identify(r) != tgt_lang for r in refs),
-        "cut_off": share(row.get("finish") == "length" for row in rows),
-        "empty": share(not h.strip() for h in hyps),
-        "sentences": len(rows),
-        "signature": str(bleu.get_signature()),
-    }
+def translate_via_english(engine, rows, out, batch_size, max_new_tokens, ranks):
+    """Hypotheses of `rows` in two hops, X -> English -> Y, where English is on neither side; the English in between is
+    kept as `pivot`. As ALMA is evaluated (section 4.3). A sentence with several targets is put into English once."""
+    two_hops = [PIVOT not in (row["src_lang"], row["tgt_lang"]) for row in rows]
+    first = {(row["src_lang"], row["src"]): {**row, "tgt_lang": PIVOT} for row, hops in zip(rows, two_hops) if hops}
+    english = translate_jsonl(engine, list(first.values()), out / "english.jsonl", batch_size, max_new_tokens, ranks, "X -> en")
+    pivot = {(row["src_lang"], row["src"]): row["hyp"] for row in english}
+    second = [{**row, "src_lang": PIVOT, "src": pivot[row["src_lang"], row["src"]]} if hops else row for row, hops in zip(rows, two_hops)]
+    done = translate_jsonl(engine, second, out / "from_english.jsonl", batch_size, max_new_tokens, ranks, "en -> Y")
+    return [{**row, **({"pivot": d["src"]} if hops else {}), "hyp": d["hyp"], "finish": d["finish"]} for row, d, hops in zip(rows, done, two_hops)]
 
 
-def averages(directions):
-    """Unweighted means over the directions of each group and over all, as the paper's tables have them."""
-    groups = {name: [s for d, s in directions.items() if name in (group_of(*d.split("-")), "average")] for name in COLUMNS}
-    return {name: {key: sum(s[key] for s in scores) / len(scores) for key in SCORES} for name, scores in groups.items() if scores}
-
-
-def direction_table(scores):
-    header = ["direction", "BLEU", "off-target %", "same, references %", "cut off %", "empty %"]
-    lines = [[name, *(f"{s[k]:.2f}" for k in SCORES)] for name, s in scores["directions"].items()]
-    lines += [[f"**{COLUMNS[name]}**", *(f"{s[k]:.2f}" for k in SCORES)] for name, s in scores["averages"].items()]
-    signatures = sorted({s["signature"] for s in scores["directions"].values()})
-    return markdown(header, lines) + "\n" + "\n".join(f"BLEU signature: `{s}`" for s in signatures) + "\n"
-
-
-def summary_table(folders):
-    """Table 1 of finished evaluation folders, one row each, named by the folder."""
-    rows = []
-    for folder in folders:
-        means = read_json(Path(folder) / "scores.json").get("averages")
-        if not means:
-            raise UserError(f"{folder}/scores.json: no averages in it; --table takes --out folders of finished evaluations")
-        rows.append([Path(folder).name, *(f"{means[g]['bleu']:.2f}" if g in means else "" for g in COLUMNS),
-                     *(f"{means[g]['off_target']:.1f}" if g in means else "" for g in COLUMNS)])
-    header = ["system", *(f"BLEU {name}" for name in COLUMNS.values()), *(f"off-target % {name}" for name in COLUMNS.values())]
-    return markdown(header, rows)
+def against(folder, other, samples):
+    """Markdown: paired bootstrap of two finished evaluations, a line a direction (scores.paired_bootstrap)."""
+    ours, theirs = (group(read_jsonl(Path(side) / "hypotheses.jsonl", need=("tgt",), text=("hyp",))) for side in (folder, other))
+    shared = [pair for pair in ours if pair in theirs]
+    if not shared:
+        raise UserError(f"--against {other}: no direction in common with {folder}")
+    lines, better = [], {"bleu": [0, 0], "chrf": [0, 0]}
+    for pair in tqdm(shared, desc="resampling", disable=None):
+        found = paired_bootstrap(ours[pair], theirs[pair], pair[1], samples)
+        line = ["-".join(pair)]
+        for key, r in found.items():
+            line += [f"{r['ours']:.2f} ± {r['ours_ci']:.2f}", f"{r['theirs']:.2f} ± {r['theirs_ci']:.2f}", f"{r['p']:.3f}"]
+            if r["p"] < 0.05:
+                better[key][r["ours"] < r["theirs"]] += 1
+        lines.append(line)
+    names = [Path(folder).name, Path(other).name]
+    header = ["direction", *(f"{NAMES[key]} {what}" for key in better for what in (*names, "p"))]
+    summary = "".join(f"{NAMES[key]}: {names[0]} better in {a}, {names[1]} better in {b} of {len(lines)} directions (p < 0.05)  \n" for key, (a, b) in better.items())
+    return markdown(header, lines) + f"\n{summary}± is half of the 95 % interval; paired bootstrap by sacrebleu, {samples} samples.\n"
 
 
 def main():
@@ -95,49 +86,87 @@ def main():
     parser.add_argument("--all-directions", action="store_true", help="every ordered pair of the test set's languages (30 in the paper)")
     parser.add_argument("--directions", help="comma-separated, such as de-zh,en-de")
     parser.add_argument("--test", default="data/test.jsonl", help="test set, as data.py writes it (section 4.1, Table 5)")
-    parser.add_argument("--hypotheses", help="score this JSONL (src_lang, tgt_lang, tgt, hyp) instead of translating")
-    parser.add_argument("--out", help="folder for hypotheses.jsonl, scores.json and table.md")
+    parser.add_argument("--hypotheses", help="score this JSONL (src_lang, tgt_lang, src, tgt, hyp) instead of translating")
+    parser.add_argument("--out", help="folder for hypotheses.jsonl, scores.json, table.md and heatmaps/")
+    parser.add_argument("--via-english", action="store_true", help="translate directions without English in two hops")
+    parser.add_argument("--comet", help="also score with this COMET model (section 4.1): Unbabel/wmt22-comet-da, or a local folder")
     parser.add_argument("--table", nargs="+", metavar="DIR", help="print Table 1 of these finished --out folders and stop")
+    parser.add_argument("--compare", choices=["paper"], help="with --table: the paper's figures beside ours, Tables 8 and 9 too")
+    parser.add_argument("--against", metavar="DIR", help="paired bootstrap of a finished --out folder against this one, and stop")
+    parser.add_argument("--samples", type=int, default=1000, help="resamples of --against")
+    parser.add_argument("--curves", nargs="+", metavar="RUN", help="write --out, a PNG, with the training curves of these train.py runs, and stop")
     add_engine_arguments(parser)
     args = parser.parse_args()
+    if args.compare and not args.table:
+        raise UserError("--compare goes with --table DIR...")
     if args.table:
-        print(summary_table(args.table), end="")
-        return
+        return print(compare(args.table, args.compare == "paper"), end="")
     check_counts(args)
-    if args.all_directions == (args.directions is not None):
-        raise UserError("either --all-directions or --directions de-zh,... is needed")
     if args.out is None:
         raise UserError("--out is needed: the folder for hypotheses and scores")
-    if args.hypotheses and (args.adapter or args.model):
-        raise UserError("--hypotheses scores what is there; --adapter and --model have no part in it")
+    if args.curves:
+        curves(args.curves, args.out)
+        return print(args.out)
+    if args.against:
+        return print(against(args.out, args.against, args.samples), end="")
+    if args.all_directions == (args.directions is not None):
+        raise UserError("either --all-directions or --directions de-zh,... is needed")
+    if args.hypotheses and (args.adapter or args.model or args.system):
+        raise UserError("--hypotheses scores what is there; --adapter, --model and --system have no part in it")
     wanted, out, source = args.directions or "all", Path(args.out), args.hypotheses or args.test
     ranks = init_distributed(args.device)
-    pairs = read_jsonl(source, need=("tgt",), text=("hyp",)) if args.hypotheses else read_jsonl(source)
+    need = ("src", "tgt") if args.comet or not args.hypotheses else ("tgt",)
+    pairs = read_jsonl(source, need=need, text=("hyp",) if args.hypotheses else ())
     rows = choose(pairs, source, wanted)
     flat = [row for part in rows.values() for row in part]
     config = {"directions": wanted, "source": str(source), "source_sha256": file_sha256(source)}
-    engine = None
+    engine, via_english = None, False
     if not args.hypotheses:
-        engine = load_engine(args.model, args.adapter, args.prompt_format, args.device, args.dtype)
+        engine = engine_of(args)
         strangers = sorted({lang for pair in rows for lang in pair} - set(engine.languages))
         if strangers:
-            raise UserError(f"{args.adapter or args.model}: no expert for {', '.join(strangers)}; it has {', '.join(engine.languages)}")
-        config.update(engine.identity, max_new_tokens=args.max_new_tokens)
+            raise UserError(f"{args.adapter or args.system or args.model}: no expert for {', '.join(strangers)}; it has {', '.join(engine.languages)}")
+        via_english = args.via_english or engine.via_english
+        config.update(engine.identity, max_new_tokens=args.max_new_tokens, via_english=via_english)
     identify = language_identifier(LANGUAGES)
     lock = claim_run(out, config, ranks)
     if engine is not None:
-        flat = translate_jsonl(engine, flat, out / "hypotheses.jsonl", args.batch_size, args.max_new_tokens, ranks, out.name)
+        work = (args.batch_size, args.max_new_tokens, ranks)
+        if via_english:
+            flat = translate_via_english(engine, flat, out, *work)
+        else:
+            flat = translate_jsonl(engine, flat, out / "hypotheses.jsonl", *work, out.name)
         rows = choose(flat, source, wanted)
     if lock is None:
         return  # scoring is the first rank's
+    if via_english or args.hypotheses:
+        write_jsonl(out / "hypotheses.jsonl", flat)
     directions = {}
     for (src_lang, tgt_lang), part in tqdm(rows.items(), desc="scoring", disable=None):
         directions[f"{src_lang}-{tgt_lang}"] = score(part, tgt_lang, identify)
-    scores = {"config": config, "averages": averages(directions), "directions": directions}
-    write_atomic(out / "scores.json", json.dumps(scores, indent=2, ensure_ascii=False) + "\n")
-    write_atomic(out / "table.md", direction_table(scores))
+    notes = []
+
+    def save():
+        scores = {"config": config, "averages": averages(directions), "directions": directions, "notes": notes}
+        write_atomic(out / "scores.json", json.dumps(scores, indent=2, ensure_ascii=False) + "\n")
+        write_atomic(out / "table.md", direction_table(scores))
+        return scores
+
+    save()  # COMET is slow and can fail: what is known by now is kept
+    if args.comet:
+        del engine  # its memory is COMET's now
+        try:
+            every = iter(comet_scores(load_comet(args.comet), flat))
+        except UserError as error:
+            notes.append(str(error))
+        else:
+            for name, part in rows.items():
+                directions["-".join(name)]["comet"] = sum(next(every) for _ in part) / len(part)
+            notes.append(f"COMET: {args.comet}, times 100")
+    scores = save()
+    heat_maps(directions, out / "heatmaps")
     print(direction_table(scores))
-    print(summary_table([out]) + f"\n{out / 'hypotheses.jsonl' if engine else source}, {out / 'scores.json'}, {out / 'table.md'}")
+    print(table_1({out.name: scores["averages"]}) + f"\n{out / 'hypotheses.jsonl'}, {out / 'scores.json'}, {out / 'table.md'}, {out / 'heatmaps'}")
 
 
 if __name__ == "__main__":

@@ -36,6 +36,12 @@ def write_jsonl(path, rows):
     write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
+def markdown(header, rows):
+    """A Markdown table; all columns but the first are aligned right. Cells are strings."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
 def read_json(path):
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))

@@ -30,12 +30,6 @@ from files import UserError, claim, file_sha256, run_main, write_atomic
 DEFAULT_MODEL = "meta-llama/Meta-Llama-3-8B-Instruct"  # section 4.2; Qwen/Qwen2.5-7B-Instruct is the other
 
 
-def markdown(header, rows):
-    """A Markdown table; all columns but the first are aligned right. Cells are strings."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
-
-
 def language_identifier(languages):
     """langid restricted to `languages` (it is weak on short text, and worse with its other 90 to choose from):
     a function from text to code."""
@@ -116,6 +110,10 @@ class Engine(NamedTuple):
     device: torch.device
     dtype: torch.dtype
     identity: dict  # fingerprint of the backbone, hash of the adapter: what a result depends on
+    via_english: bool = False  # translates non-English directions in two hops, see baselines.py
+
+    def translate(self, rows, max_new_tokens):
+        return translate_batch(self, rows, max_new_tokens)
 
 
 def load_engine(model, adapter, prompt_format="auto", device="auto", dtype="auto"):
@@ -195,7 +193,8 @@ def read_part(path):
 
 
 def translate_jsonl(engine, rows, out, batch_size, max_new_tokens, ranks, desc):
-    """Translate `rows` into the JSONL file `out` (each row plus "hyp" and "finish"), and return its rows.
+    """Translate `rows` into the JSONL file `out` (each row plus "hyp" and "finish"), and return its rows. `engine` has
+    `translate` and `identity`: an Engine or a baselines.Baseline.
 
     Batches are cut from the rows sorted by length, longest first, and dealt to the ranks in turn. Finished batches
     are appended to `out`.part-JOB-RANK, so a stopped run goes on where it was, on any number of ranks; `out` itself
@@ -214,7 +213,7 @@ def translate_jsonl(engine, rows, out, batch_size, max_new_tokens, ranks, desc):
         with open(part, "ab") as file, tqdm(total=sum(map(len, mine)), desc=desc, unit="sent", disable=ranks.rank > 0 or None) as bar:
             file.truncate(read_part(part)[1])
             for batch in mine:
-                results = translate_batch(engine, [rows[i] for i in batch], max_new_tokens)
+                results = engine.translate([rows[i] for i in batch], max_new_tokens)
                 lines = [{"id": i, "hyp": hyp, "finish": finish} for i, (hyp, finish) in zip(batch, results)]
                 file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
                 file.flush()
@@ -231,14 +230,37 @@ def translate_jsonl(engine, rows, out, batch_size, max_new_tokens, ranks, desc):
     return [json.loads(line) for line in out.read_text(encoding="utf-8").split("\n") if line]
 
 
-def add_engine_arguments(parser):
-    """Flags of every script that translates."""
-    parser.add_argument("--model", help="backbone: checkpoint folder or hub name; default: the one the adapter was made for")
-    parser.add_argument("--adapter", help="adapter folder that train.py wrote; without it the bare backbone translates")
-    parser.add_argument("--prompt-format", default="auto", choices=["auto", *FORMATS], help="auto: the adapter's, else the tokenizer's own chat format")
+def add_translation_arguments(parser):
     parser.add_argument("--batch-size", type=int, default=32, help="sentences decoded together; in fp32 it does not change results")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="longer outputs are cut off and say so")
     add_device_arguments(parser)
+
+
+def add_engine_arguments(parser):
+    """Flags of every script that translates; engine_of() reads them."""
+    parser.add_argument("--model", help="backbone: checkpoint folder or hub name; default: the one the adapter was made for")
+    parser.add_argument("--adapter", help="adapter folder that train.py wrote; without it the bare backbone translates")
+    parser.add_argument("--system", choices=["nllb", "m2m100", "bigtranslate", "alma"], help="a prior system instead (section 4.3, baselines.py)")
+    parser.add_argument("--prompt-format", default="auto", choices=["auto", *FORMATS], help="auto: the adapter's, else the tokenizer's own chat format")
+    add_translation_arguments(parser)
+
+
+def engine_of(args):
+    """The Engine, or the baselines.Baseline, that the flags ask for."""
+    if args.system is None:
+        return load_engine(args.model, args.adapter, args.prompt_format, args.device, args.dtype)
+    if args.adapter is not None:
+        raise UserError("--system is a prior system; --adapter has no part in it")
+    from baselines import Baseline  # brings transformers, which nothing else here needs
+
+    return Baseline(args.system, args.model, args.device, args.dtype)
+
+
+def check_output(path):
+    if Path(path).exists():
+        raise UserError(f"{path}: exists already; choose another --output or remove it")
+    if not Path(path).parent.is_dir():
+        raise UserError(f"{path}: its folder does not exist")
 
 
 def check_counts(args):
@@ -260,10 +282,7 @@ def main():
     if args.input is not None:
         if args.output is None or args.text is not None or args.src or args.tgt:
             raise UserError("--input goes with --output, and the file's lines name the languages: no text, --src or --tgt")
-        if Path(args.output).exists():
-            raise UserError(f"{args.output}: exists already; choose another --output or remove it")
-        if not Path(args.output).parent.is_dir():
-            raise UserError(f"{args.output}: its folder does not exist")
+        check_output(args.output)
         rows = read_jsonl(args.input, need=("src",))
     else:
         for flag, code in (("--src", args.src), ("--tgt", args.tgt)):
@@ -280,7 +299,7 @@ def main():
             raise UserError("the text is not UTF-8") from None
         rows = [{"src_lang": args.src, "tgt_lang": args.tgt, "src": line} for line in lines]
     ranks = init_distributed(args.device)
-    engine = load_engine(args.model, args.adapter, args.prompt_format, args.device, args.dtype)
+    engine = engine_of(args)
     for lang in sorted({r[side] for r in rows for side in ("src_lang", "tgt_lang")}):
         if lang not in engine.languages:
             raise UserError(f"{args.adapter}: no expert for {lang!r}; it has {', '.join(engine.languages)}")

@@ -1,6 +1,8 @@
 """Pseudo-corpora for the 20 non-English directions: X -> English -> Y with the Stage 1 adapter (sections 3.3, A.2).
 
     torchrun --nproc_per_node=2 pivot.py --adapter runs/stage1/adapter --data data --out runs/pseudo
+    torchrun --nproc_per_node=2 pivot.py --model meta-llama/... --data data --out runs/pseudo-base    # Table 7: the bare backbone
+    torchrun --nproc_per_node=2 pivot.py --system nllb --data data --out runs/pseudo-nllb              # Table 7: NLLB
 
 X comes from the part of OPUS-100 that Stage 1 did not train on. Translations are filtered; rounds go on until every
 direction has --pairs of them or its source runs out. Writes pseudo.train.jsonl, pseudo.dev.jsonl, report.json and
@@ -16,9 +18,8 @@ from collections import Counter
 from pathlib import Path
 
 from data import PIVOT, length_ratio, pair_row, read_jsonl
-from files import UserError, file_sha256, run_main, write_atomic, write_jsonl
-from generate import (add_engine_arguments, check_counts, claim_run, init_distributed, language_identifier, load_engine, markdown,
-                      translate_jsonl)
+from files import UserError, file_sha256, markdown, run_main, write_atomic, write_jsonl
+from generate import add_engine_arguments, check_counts, claim_run, engine_of, init_distributed, language_identifier, translate_jsonl
 
 RULES = ("empty", "cut_off", "off_target", "length_ratio", "duplicate")
 
@@ -63,10 +64,10 @@ def main():
         pool.setdefault(row["src_lang"], {})[row["src"]] = None
     if not pool:
         raise UserError(f"{source_file}: no sentences in it; data.py --train-pairs must leave some of OPUS-100 to the pivot")
-    engine = load_engine(args.model, args.adapter, args.prompt_format, args.device, args.dtype)
+    engine = engine_of(args)
     others = [lang for lang in engine.languages if lang != PIVOT]
     if len(others) < 2:
-        raise UserError(f"{args.adapter or args.model}: knows {', '.join(engine.languages)}; a pivot needs two languages beside {PIVOT}")
+        raise UserError(f"{args.adapter or args.system or args.model}: knows {', '.join(engine.languages)}; a pivot needs two languages beside {PIVOT}")
     config = {**engine.identity, "pairs": args.pairs, "dev_share": args.dev_share, "max_ratio": args.max_ratio, "seed": args.seed,
               "max_new_tokens": args.max_new_tokens, "source_sha256": file_sha256(source_file)}
     lock = claim_run(out, config, ranks)

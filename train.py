@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import model as backbone
-from crosslora import ROUTES, CrossLoRA, load_adapter, save_adapter
-from data import FORMATS, IGNORE, LANGUAGES, Tokenizer, collate, encode, epoch_order, group_of, parse_languages, read_jsonl
-from files import UserError, claim, file_sha256, read_json, run_main, write_atomic
+from crosslora import GROUPS, ROUTES, CrossLoRA, load_adapter, router_load, save_adapter
+from data import FORMATS, IGNORE, Tokenizer, collate, encode, epoch_order, group_of, read_stage_data, target_count
+from files import UserError, claim, file_sha256, run_main, write_atomic
 from generate import DEFAULT_MODEL, add_device_arguments, claim_run, device_and_dtype, init_distributed
 
 
@@ -53,10 +53,6 @@ def forward_sums(model, adapter, examples, dtype, rdrop, dropout):
         return nll, nll.new_zeros(())
     first, second = hidden.chunk(2)
     return rdrop_sums(model.head(first[at]), model.head(second[at]), labels[at])
-
-
-def target_count(example):
-    return len(example.ids) - example.prompt_length
 
 
 def denominator(examples, normalize):
@@ -138,6 +134,29 @@ def evaluate_dev(model, adapter, examples, args, ranks, dtype):
     return {**report(sums.sum(0)), **{group: report(row) for group, row in zip(groups, sums)}}
 
 
+@torch.no_grad()
+def dev_router_load(model, adapter, examples, args, ranks, dtype):
+    """Shares of the dev tokens that a learned router gives each expert, by source and by target language."""
+    totals = torch.zeros(2, len(adapter.languages), len(adapter.languages), dtype=torch.float64)  # side, language, expert
+    mine = sorted(examples, key=lambda e: len(e.ids))[ranks.rank :: ranks.world]
+    for start in range(0, len(mine), args.micro_batch_size):
+        part = mine[start : start + args.micro_batch_size]
+        tokens = collate(part)[0].to(model.inv_freq.device)  # (B, T)
+        lengths = torch.tensor([len(e.ids) - 1 for e in part], device=tokens.device)
+        lora = adapter([e.src_lang for e in part], [e.tgt_lang for e in part], dtype)
+        model(tokens, lora)
+        load = router_load(lora, torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]).cpu()  # (B, n)
+        for row, example in zip(load, part):
+            for side, lang in enumerate((example.src_lang, example.tgt_lang)):
+                totals[side, adapter.languages.index(lang)] += row
+    if ranks.world > 1:
+        device_totals = totals.to(model.inv_freq.device)
+        dist.all_reduce(device_totals)
+        totals = device_totals.cpu()
+    shares = totals / totals.sum(-1, keepdim=True).clamp(min=1e-9)
+    return {side: {lang: [round(x, 4) for x in row.tolist()] for lang, row in zip(adapter.languages, shares[i])} for i, side in enumerate(("src_lang", "tgt_lang"))}
+
+
 def save_checkpoint(path, adapter, optimizer, step, best, log, fingerprint):
     """All that a resumed run needs, replaced atomically. Order and dropout are functions of (seed, epoch, step)."""
     state = {"step": step, "best": best, "log_bytes": log.tell(), "backbone_fingerprint": fingerprint,
@@ -147,80 +166,6 @@ def save_checkpoint(path, adapter, optimizer, step, best, log, fingerprint):
     os.replace(temporary, path)
 
 
-def read_stage_data(args):
-    """(languages, train, dev, files) of a stage: Stage 1 the English-centric files; Stage 2 those, FLORES-200 in the
-    other directions, and the pseudo pairs (section 3.3, Table 5)."""
-    data = Path(args.data)
-    if not (data / "manifest.json").exists():
-        raise UserError(f"{data}: no manifest.json in it; --data takes a folder that data.py has finished")
-    languages = parse_languages(read_json(data / "config.json").get("languages", ""))
-    train, dev = [data / "stage1.train.jsonl"], [data / "stage1.dev.jsonl"]
-    if args.stage == 2:
-        if args.pseudo is None:
-            raise UserError("--stage 2 needs --pseudo, the folder that pivot.py wrote")
-        train += [data / "stage2.flores.jsonl", Path(args.pseudo) / "pseudo.train.jsonl"]
-        dev += [Path(args.pseudo) / "pseudo.dev.jsonl"]
-        if not train[-1].exists():
-            raise UserError(f"{train[-1]}: no such file; --pseudo takes the folder of a finished pivot.py run")
-        if train[-1].stat().st_size == 0:
-            raise UserError(f"{train[-1]}: no pseudo pairs in it; Stage 2 would be Stage 1 again")
-    rows = [[row for file in files for row in read_jsonl(file, languages)] for files in (train, dev)]
-    return languages, *rows, [*train, *dev]
-
-
-def saved_bytes(cfg, rows, tokens, targets, element):
-    """Estimate of what one micro-batch keeps for its backward pass, in bytes: `rows` (R-Drop's copies included) of
-    `tokens` each, `targets` in all, activations of `element` bytes.
-
-    A layer keeps two fp32 norm inputs, attention's q, k, v and output, the dropped inputs of three LoRA branches with
-    their masks, and SwiGLU's three factors; frozen projections keep nothing. The loss keeps about three fp32 copies
-    of its logits beside the logits themselves.
-    """
-    D, F_, heads = cfg.hidden_size, cfg.intermediate_size, 2 * (cfg.num_attention_heads + cfg.num_key_value_heads) * cfg.head_dim
-    layer = D * (2 * 4 + 2 * (1 + element)) + heads * element + F_ * (3 * element + 1 + element)
-    return rows * tokens * cfg.num_hidden_layers * layer + targets * cfg.vocab_size * (3 * 4 + element)
-
-
-def dry_run(args):
-    """Print what a run would be, from config.json alone and, where they are, tokenizer and data: no weights are read.
-    Without prepared data (in Stage 2: without --pseudo) it counts Table 5's pairs."""
-    folder, _ = backbone.resolve(args.model, ["config.json", "tokenizer.json"])
-    cfg = backbone.Config.load(folder)
-    languages, examples, source = list(LANGUAGES), None, "Table 5"
-    if (Path(args.data) / "manifest.json").exists() and (args.stage == 1 or args.pseudo):
-        languages, rows, _, _ = read_stage_data(args)
-        pairs, source = len(rows), args.data
-        if (folder / "tokenizer.json").exists():
-            examples, dropped = encode(Tokenizer(folder, cfg, args.prompt_format), rows, args.max_length)
-            pairs = len(examples)
-            if not examples:
-                raise UserError(f"{args.data}: no training pair fits --max-length {args.max_length}")
-    else:
-        pairs = 10 * 20997 + (20 * 18997 if args.stage == 2 else 0)
-    with torch.device("meta"):
-        adapter = CrossLoRA(cfg, languages, args.rank, args.alpha, args.dropout, args.adapter_type)
-    size = lambda module: sum(p.numel() for p in module.parameters())
-    frozen, trained = size(backbone.build(cfg)), size(adapter)
-    steps = math.ceil(pairs / args.batch_size)
-    print(f"backbone:   {frozen:,} parameters, frozen")
-    print(f"adapter:    {trained:,} parameters, trained: {trained / frozen:.2%} of the backbone, {trained / (frozen + trained):.2%} of the total")
-    print(f"steps:      {steps:,} an epoch, {min(args.epochs * steps, args.max_steps or math.inf):,} in all; {pairs:,} pairs ({source}) in batches of {args.batch_size}")
-    if examples is None:
-        print("tokens:     unknown without --data from data.py and the checkpoint's tokenizer.json")
-        length, targets = args.max_length, args.max_length // 2
-    else:
-        lengths, counts = [len(e.ids) for e in examples], [target_count(e) for e in examples]
-        length, targets = max(lengths), max(counts)  # rows are sorted by length, so the worst micro-batch is all long ones
-        print(f"tokens:     {sum(lengths):,} an epoch, {sum(counts):,} of them targets; {sum(lengths) / pairs:.1f} a pair, longest {length}; {dropped} pairs dropped")
-    passes = 2 if args.rdrop_alpha > 0 else 1
-    for what, element in (("bf16 backbone (GPU)", 2), ("fp32 backbone (CPU)", 4)):
-        # fp32 weight, gradient and two moments are 16 bytes a trained parameter; an expert of A and of B is gathered a row
-        parts = [frozen * element, 16 * trained, args.micro_batch_size * passes * trained // len(languages) * element,
-                 saved_bytes(cfg, args.micro_batch_size * passes, length, args.micro_batch_size * passes * targets, element)]
-        print(f"memory:     at most {sum(parts) / 2**30:.1f} GiB a process, {what}: weights {parts[0] / 2**30:.1f}, adapter with gradient and Adam {parts[1] / 2**30:.1f}, "
-              f"gathered experts {parts[2] / 2**30:.1f}, activations {parts[3] / 2**30:.1f} ({args.micro_batch_size} pairs of {length} tokens)")
-
-
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", type=int, choices=[1, 2], required=True, help="section 3.3")
@@ -228,8 +173,11 @@ def parse_args():
     parser.add_argument("--data", default="data", help="folder that data.py wrote")
     parser.add_argument("--pseudo", help="Stage 2: folder that pivot.py wrote")
     parser.add_argument("--out", help="run folder; default runs/stageN")
-    parser.add_argument("--init-adapter", help="start from this adapter folder instead of a fresh one (Table 2's other rows)")
-    parser.add_argument("--adapter-type", default="crosslora", choices=list(ROUTES), help="router and banks (section 3.2)")
+    parser.add_argument("--stage-2-data", default="all", choices=["all", "pseudo"], help="Stage 2 on everything or on the pseudo pairs alone (Table 2)")
+    parser.add_argument("--init-adapter", help="start from this adapter folder, Stage 1's, instead of a fresh one (Table 2)")
+    parser.add_argument("--adapter-type", default="crosslora", choices=list(ROUTES), help="router and banks (sections 3.2, 4.3, 5.2)")
+    parser.add_argument("--groups", default=GROUPS, help="languages that share an expert, for --adapter-type groups (Table 4)")
+    parser.add_argument("--top-k", type=int, default=1, help="experts a token, for --adapter-type molora-topk (section 4.3)")
     parser.add_argument("--rank", type=int, default=16, help="r (section 4.2)")
     parser.add_argument("--alpha", type=float, default=64, help="alpha_l; the update is scaled by alpha / r (section 4.2)")
     parser.add_argument("--dropout", type=float, default=0.1, help="LoRA dropout p (section 4.2)")
@@ -255,7 +203,7 @@ def parse_args():
     args = parser.parse_args()
     args.out = args.out or f"runs/stage{args.stage}"
     args.epochs = {1: 3, 2: 2}[args.stage] if args.epochs is None else args.epochs
-    for flag in ("rank", "epochs", "max_steps", "batch_size", "micro_batch_size", "max_length", "save_every", "log_every"):
+    for flag in ("rank", "top_k", "epochs", "max_steps", "batch_size", "micro_batch_size", "max_length", "save_every", "log_every"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be at least 1")
     if not 0 <= args.seed < 2**31:
@@ -279,6 +227,7 @@ def main():
     device, dtype = device_and_dtype(args.device, args.dtype)
     if args.dry_run:
         if chief:
+            from plan import dry_run  # reads no weights; nothing else here needs it
             dry_run(args)
         return
 
@@ -302,10 +251,11 @@ def main():
     model = backbone.load(folder, device, dtype)
     fingerprint = model.fingerprint()
     torch.manual_seed(args.seed)
-    adapter = CrossLoRA(model.cfg, languages, args.rank, args.alpha, args.dropout, args.adapter_type)
+    adapter = CrossLoRA(model.cfg, languages, args.rank, args.alpha, args.dropout, args.adapter_type, args.groups, args.top_k)
     if args.init_adapter:
         start, was = load_adapter(args.init_adapter, model.cfg, fingerprint, tokenizer.sha256)
-        now = {"variant": args.adapter_type, "languages": languages, "rank": args.rank, "alpha": args.alpha, "prompt_format": tokenizer.format}
+        now = {"variant": args.adapter_type, "languages": languages, "rank": args.rank, "alpha": args.alpha, "groups": adapter.groups,
+               "prompt_format": tokenizer.format}
         differ = [f"{k} was {was[k]!r}, now {v!r}" for k, v in now.items() if was[k] != v]
         if differ:
             raise UserError(f"--init-adapter {args.init_adapter}: made with other settings ({'; '.join(differ)})")
@@ -373,6 +323,8 @@ def main():
             if dev:
                 report = evaluate_dev(model, adapter, dev, args, ranks, dtype)
                 write_log({"step": step, "dev": report})
+                if adapter.learned:
+                    write_log({"step": step, "router_load": dev_router_load(model, adapter, dev, args, ranks, dtype)})
                 if chief:
                     bar.write(f"step {step}: dev " + json.dumps(report), file=sys.stdout)
             better = not dev or report["loss"] < best

@@ -97,6 +97,30 @@ def engine(adapter_folder):
     return load_engine(None, adapter_folder, device="cpu")
 
 
+@pytest.fixture(scope="session")
+def comet_folder(tmp_path_factory):
+    """A COMET checkpoint as unbabel-comet publishes them, around a tiny random XLM-R and its tokenizer."""
+    comet_models = pytest.importorskip("comet.models")
+    import sentencepiece
+    import yaml
+    from transformers import XLMRobertaConfig, XLMRobertaModel, XLMRobertaTokenizer
+
+    folder, stream = tmp_path_factory.mktemp("comet"), meanings(random.Random(0))
+    (folder / "text").write_text("\n".join([sentence(next(stream), lang) for _ in range(50) for lang in LANGUAGES]), encoding="utf-8")
+    sentencepiece.SentencePieceTrainer.train(input=str(folder / "text"), model_prefix=str(folder / "sp"), vocab_size=300, hard_vocab_limit=False, minloglevel=2)
+    tokenizer = XLMRobertaTokenizer(vocab_file=str(folder / "sp.model"))
+    tokenizer.save_pretrained(folder / "encoder")
+    torch.manual_seed(0)
+    XLMRobertaModel(XLMRobertaConfig(vocab_size=len(tokenizer) + 5, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+                                     max_position_embeddings=514)).save_pretrained(folder / "encoder")
+    metric = comet_models.RegressionMetric(encoder_model="XLM-RoBERTa", pretrained_model=str(folder / "encoder"), layer="mix", hidden_sizes=[8])
+    (folder / "model/checkpoints").mkdir(parents=True)
+    state = {"state_dict": metric.state_dict(), "hyper_parameters": dict(metric.hparams), "pytorch-lightning_version": "2.0.0"}
+    torch.save(state, folder / "model/checkpoints/model.ckpt")
+    (folder / "model/hparams.yaml").write_text(yaml.dump({**dict(metric.hparams), "class_identifier": "regression_metric"}))
+    return folder / "model"
+
+
 def run(*command, check=True, env_add=(), **kwargs):
     """A shipped command as a user types it, from the project's root, on one thread."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1", **dict(env_add)}
@@ -108,13 +132,21 @@ def run(*command, check=True, env_add=(), **kwargs):
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
 
-def refuses(*command, says):
-    """The command ends with exit status 2 and one line on stderr that contains each of `says`. The script is run as
-    __main__ inside this process, which spares importing torch again some fifty times."""
-    errors = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(errors), pytest.raises(SystemExit) as stop:
+def inside(*command):
+    """A script run as __main__ inside this process, which spares starting Python and importing torch each time.
+    Returns what it printed."""
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
         patch.setattr(sys, "argv", list(map(str, command)))
         runpy.run_path(str(command[0]), run_name="__main__")
+    return printed.getvalue()
+
+
+def refuses(*command, says):
+    """The command ends with exit status 2 and one line on stderr that contains each of `says`."""
+    errors = io.StringIO()
+    with contextlib.redirect_stderr(errors), pytest.raises(SystemExit) as stop:
+        inside(*command)
     assert stop.value.code == 2, (stop.value.code, errors.getvalue())
     lines = errors.getvalue().strip().splitlines()
     assert len(lines) == 1, lines

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import model as backbone
-from conftest import ROOT, make_checkpoint, read_rows, refuses, run
+from conftest import ROOT, inside, make_checkpoint, read_rows, refuses, run
 from corpora import read_aligned
 from data import FORMATS, IGNORE, LANGUAGES, Tokenizer, all_directions, collate, encode, epoch_order, prepare, read_jsonl
 from files import UserError, claim, read_lines
@@ -188,7 +188,7 @@ def test_command_writes_once_and_guards_its_folder(tmp_path):
     run(*command)
     before = {p.name: p.read_bytes() for p in out.iterdir()}
     assert len(read_rows(out / "stage1.train.jsonl")) == json.loads(before["manifest.json"])["files"]["stage1.train.jsonl"]["pairs"]
-    assert "prepared already" in run(*command).stdout
+    assert "prepared already" in inside(*command)
     refuses(*command, "--seed", 5, says=["seed was 0, now 5"])
     assert before == {p.name: p.read_bytes() for p in out.iterdir()}
     refuses(ROOT / "data.py", "--data", tmp_path / "nowhere", "--out", tmp_path / "o", says="no such file")

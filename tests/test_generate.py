@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from conftest import ROOT, TORCHRUN, make_checkpoint, read_rows, refuses, run
+from conftest import ROOT, TORCHRUN, inside, make_checkpoint, read_rows, refuses, run
 from files import write_jsonl
 from generate import Ranks, load_engine, translate_batch, translate_jsonl
 
@@ -103,7 +103,7 @@ def test_commands(adapter_folder, sentences, tmp_path):
     assert lines.split("\n")[0] + "\n" == one and lines.split("\n")[1] == "" and lines.count("\n") == 3
     write_jsonl(tmp_path / "in.jsonl", sentences[:20])
     files = ("--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl", "--batch-size", 3)
-    run(*base, *files)
+    inside(*base, *files)
     single = (tmp_path / "out.jsonl").read_bytes()
     (tmp_path / "out.jsonl").unlink()
     assert "cut off" in run(*TORCHRUN, *base, *files).stderr
@@ -111,7 +111,7 @@ def test_commands(adapter_folder, sentences, tmp_path):
     refuses(*base, *files, says="exists already")
     (tmp_path / "out.jsonl").unlink()
     backbone = json.loads((adapter_folder / "adapter.json").read_text())["backbone"]
-    run(ROOT / "generate.py", "--model", backbone, "--max-new-tokens", 6, *files)
+    inside(ROOT / "generate.py", "--model", backbone, "--max-new-tokens", 6, *files)
     assert (tmp_path / "out.jsonl").read_bytes() != single  # without --adapter the bare backbone translates
 
 

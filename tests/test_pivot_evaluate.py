@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import sacrebleu
 
-from conftest import ROOT, TORCHRUN, read_rows, refuses, run
+from conftest import ROOT, TORCHRUN, inside, read_rows, refuses, run
 from data import LANGUAGES, all_directions, length_ratio, read_flores
 from files import write_jsonl
 from evaluate import averages, choose, score
@@ -60,7 +60,7 @@ def test_pivot_command(adapter_folder, source, tmp_path):
     """A random adapter's output is mostly rejected: every pair must be accounted for, whatever happens to it."""
     command = lambda out: (ROOT / "pivot.py", "--adapter", adapter_folder, "--data", source, "--out", tmp_path / out, "--pairs", 4,
                            "--max-new-tokens", 12, "--batch-size", 4, "--max-ratio", 50, "--dev-share", 0.5)
-    run(*command("one"))
+    inside(*command("one"))
     report = json.loads((tmp_path / "one/report.json").read_text())
     assert len(report) == 20 and not [d for d in report if "en" in d.split("-")]
     train, dev = read_rows(tmp_path / "one/pseudo.train.jsonl"), read_rows(tmp_path / "one/pseudo.dev.jsonl")
@@ -76,13 +76,13 @@ def test_pivot_command(adapter_folder, source, tmp_path):
             assert counts["ended"].startswith("source ran out")
     for row in train + dev:
         assert (row["src_lang"], row["src"]) in pool and row["origin"] == "pseudo" and row["pivot"]
-    assert "made already" in run(*command("one")).stdout
+    assert "made already" in inside(*command("one"))
     run(*TORCHRUN, *command("two"))
     for name in ("pseudo.train.jsonl", "pseudo.dev.jsonl", "report.md"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
     (tmp_path / "two/report.json").unlink()  # as if killed before the end
     (tmp_path / "two/rounds/1.targets.jsonl").unlink()
-    run(*command("two"))
+    inside(*command("two"))
     assert (tmp_path / "one/pseudo.train.jsonl").read_bytes() == (tmp_path / "two/pseudo.train.jsonl").read_bytes()
     refuses(*command("one"), "--seed", 3, says="seed was 0, now 3")
     shown = run(*TORCHRUN, *command("one"), "--seed", 3, check=False)  # the first rank's refusal reaches the second
@@ -107,7 +107,8 @@ def test_bleu_is_sacrebleus(lang, tokenize):
     rows = [{"tgt": r, "hyp": h, "finish": "stop"} for r, h in zip(REFS[lang], HYPS[lang])]
     got = score(rows, lang, always(lang))
     assert got["bleu"] == sacrebleu.corpus_bleu(HYPS[lang], [REFS[lang]], tokenize=tokenize).score
-    assert f"tok:{tokenize}" in got["signature"] and f"version:{sacrebleu.__version__}" in got["signature"]
+    assert f"tok:{tokenize}" in got["signatures"]["BLEU"] and f"version:{sacrebleu.__version__}" in got["signatures"]["BLEU"]
+    assert got["chrf"] == sacrebleu.corpus_chrf(HYPS[lang], [REFS[lang]], word_order=2).score
 
 
 def test_rates():
@@ -125,24 +126,25 @@ def test_averages_are_over_directions():
     assert list(choose([{"src_lang": "de", "tgt_lang": "zh"}], "f", "de-zh")) == [("de", "zh")]
 
 
-def test_evaluate_command(adapter_folder, sentences, tmp_path):
+def test_evaluate_command(adapter_folder, comet_folder, sentences, tmp_path):
     rows = [{**s, "src_lang": a, "tgt_lang": b} for s in sentences[:2] for a, b in all_directions(list(LANGUAGES))]
     write_jsonl(tmp_path / "test.jsonl", rows)
     command = (ROOT / "evaluate.py", "--all-directions", "--adapter", adapter_folder, "--test", tmp_path / "test.jsonl",
                "--out", tmp_path / "scores", "--max-new-tokens", 5)
-    out = run(*TORCHRUN, *command).stdout
+    out = run(*TORCHRUN, *command, "--comet", comet_folder).stdout  # COMET's trainer must not take torchrun's world for its own
     scores = json.loads((tmp_path / "scores/scores.json").read_text())
     assert len(scores["directions"]) == 30 and set(scores["averages"]) == {"english", "non_english", "average"}
     assert (tmp_path / "scores/table.md").read_text() in out and "tok:zh" in out
     # Anybody's hypotheses: ours scored again give the same, perfect ones give 100.
     hyps = read_rows(tmp_path / "scores/hypotheses.jsonl")
-    run(ROOT / "evaluate.py", "--all-directions", "--hypotheses", tmp_path / "scores/hypotheses.jsonl", "--out", tmp_path / "again")
-    assert json.loads((tmp_path / "again/scores.json").read_text())["directions"] == scores["directions"]
+    inside(ROOT / "evaluate.py", "--all-directions", "--hypotheses", tmp_path / "scores/hypotheses.jsonl", "--out", tmp_path / "again")
+    again = json.loads((tmp_path / "again/scores.json").read_text())["directions"]
+    assert {d: {**s, "comet": scores["directions"][d]["comet"]} for d, s in again.items()} == scores["directions"]
     write_jsonl(tmp_path / "perfect.jsonl", [{**r, "hyp": r["tgt"]} for r in hyps])
-    run(ROOT / "evaluate.py", "--directions", "en-de,de-zh", "--hypotheses", tmp_path / "perfect.jsonl", "--out", tmp_path / "perfect")
+    inside(ROOT / "evaluate.py", "--directions", "en-de,de-zh", "--hypotheses", tmp_path / "perfect.jsonl", "--out", tmp_path / "perfect")
     perfect = json.loads((tmp_path / "perfect/scores.json").read_text())
     assert [round(s["bleu"]) for s in perfect["directions"].values()] == [100, 100]
-    table = run(ROOT / "evaluate.py", "--table", tmp_path / "scores", tmp_path / "perfect").stdout.splitlines()
+    table = inside(ROOT / "evaluate.py", "--table", tmp_path / "scores", tmp_path / "perfect").splitlines()
     assert table[0].startswith("| system | BLEU English-centric") and table[3].startswith("| perfect | 100.00 | 100.00 | 100.00 |")
 
 

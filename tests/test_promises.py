@@ -11,8 +11,12 @@ import train
 from conftest import ROOT
 
 METHOD = ["model.py", "crosslora.py", "data.py", "train.py", "generate.py", "evaluate.py", "pivot.py"]
-BELOW = {"files.py": set(), "corpora.py": {"files"}, "data.py": {"files", "corpora"}, "model.py": {"files"}, "crosslora.py": {"files"},
-         "generate.py": {"files", "data", "model", "crosslora"}}  # what each script may import; the others all of these
+LOWER = {"files", "corpora", "data", "model", "crosslora"}
+BELOW = {  # what each script may import; generate.py asks for baselines.py only when --system names one
+    "files.py": set(), "corpora.py": {"files"}, "data.py": {"files", "corpora"}, "model.py": {"files"}, "crosslora.py": {"files"},
+    "generate.py": LOWER | {"baselines"}, "baselines.py": LOWER | {"generate"}, "plan.py": LOWER, "scores.py": LOWER, "tables.py": LOWER | {"scores"},
+    "train.py": LOWER | {"generate", "plan"}, "pivot.py": LOWER | {"generate"}, "evaluate.py": LOWER | {"generate", "scores", "tables"},
+}
 
 
 def test_size_is_a_feature():
@@ -40,14 +44,35 @@ def test_defaults_are_the_papers(monkeypatch):
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make on this machine")
 def test_the_makefile_is_the_map_of_the_method():
+    compare = subprocess.run(["make", "-n", "compare"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert re.findall(r"examples/tiny/(\w+)", compare) == ["world", "pretrain", "compare"]
     plan = subprocess.run(["make", "-n", "paper"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     steps = re.findall(r"(data\.py|train\.py --stage \d|pivot\.py|evaluate\.py --\S+)", plan)
     assert steps == ["data.py", "train.py --stage 1", "pivot.py", "train.py --stage 2", *["evaluate.py --all-directions"] * 3, "evaluate.py --table"]
+
+
+def test_every_flag_in_the_readme_exists():
+    """Each --flag of a command line in README, Makefile or a script's own docstring is one that its script takes."""
+    takes = {path.name: set(re.findall(r'add_argument\("(--[\w-]+)"', path.read_text())) for path in [*ROOT.glob("*.py"), *ROOT.glob("examples/tiny/*.py")]}
+    shared = takes["generate.py"] - {"--src", "--tgt", "--input", "--output"}
+    for name in ("train.py", "pivot.py", "evaluate.py", "baselines.py"):
+        takes[name] |= shared if name != "train.py" else {"--device", "--dtype"}
+    readme = (ROOT / "README.md").read_text()
+    for variable, script in (("$TRAIN", "train.py"), ("$EVAL", "evaluate.py"), ("$PIVOT", "pivot.py")):
+        readme = readme.replace(variable, script)
+    texts = [readme, (ROOT / "Makefile").read_text(), *(path.read_text().split('"""')[1] for path in ROOT.glob("*.py"))]
+    seen = 0
+    for script, rest in re.findall(r"(\w+\.py)((?: +[^\n`|#()]*)?)", "\n".join(texts).replace("\\\n", " ")):
+        for flag in re.findall(r"(?<![\w-])(--[a-z][\w-]*)", rest):
+            if script in takes:
+                seen += 1
+                assert flag in takes[script], (script, flag, rest)
+    assert seen > 80
 
 
 def test_the_scripts_import_downwards_only():
     scripts = {path.stem for path in ROOT.glob("*.py")}
     for path in ROOT.glob("*.py"):
         imports = set(re.findall(r"^\s*(?:from|import) (\w+)", path.read_text(), re.M))
-        assert imports & scripts <= BELOW.get(path.name, {name.removesuffix(".py") for name in BELOW}), path
-        assert path.name not in METHOD or not imports & {"transformers", "peft"}, path
+        assert imports & scripts <= BELOW[path.name], path
+        assert path.name == "baselines.py" or not imports & {"transformers", "peft"}, path

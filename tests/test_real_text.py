@@ -5,7 +5,7 @@ import json
 import torch
 
 import model as backbone
-from conftest import ROOT, TORCHRUN, read_rows, run
+from conftest import ROOT, TORCHRUN, inside, read_rows, run
 from data import LANGUAGES
 from files import write_jsonl
 from pretrain import config_of, random_model, train_tokenizer
@@ -15,7 +15,7 @@ HARD = ["„So etwas“, sagte er – ‚nie‘.", "Þetta er\u00a0ágætt\u2028
 
 def test_real_text_through_the_whole_chain(shared, tmp_path):
     t = tmp_path
-    run(ROOT / "data.py", "--data", shared / "data", "--out", t / "data", "--train-pairs", 200, "--dev-pairs", 3, "--test-pairs", 3)
+    inside(ROOT / "data.py", "--data", shared / "data", "--out", t / "data", "--train-pairs", 200, "--dev-pairs", 3, "--test-pairs", 3)
     counts = json.loads((t / "data/manifest.json").read_text())["files"]
     assert counts["stage1.train.jsonl"]["pairs"] == 10 * (200 + 997) and counts["stage2.flores.jsonl"]["pairs"] == 20 * 997
     train_rows = read_rows(t / "data/stage1.train.jsonl")
@@ -40,13 +40,13 @@ def test_real_text_through_the_whole_chain(shared, tmp_path):
     decode = ("--max-new-tokens", 8, "--batch-size", 32)
     run(*TORCHRUN, ROOT / "train.py", "--stage", 1, *train, "--out", t / "stage1")
     assert json.loads((t / "stage1/summary.json").read_text())["train_dropped"] > 0  # long sentences are counted
-    run(*TORCHRUN, ROOT / "pivot.py", "--adapter", t / "stage1/adapter", "--data", t / "data", "--out", t / "pseudo", "--pairs", 5, *decode)
+    inside(ROOT / "pivot.py", "--adapter", t / "stage1/adapter", "--data", t / "data", "--out", t / "pseudo", "--pairs", 5, *decode)
     report = json.loads((t / "pseudo/report.json").read_text())
     assert report["de-zh"]["generated"] == 6 + len(HARD) and "source ran out" in report["de-zh"]["ended"]
     # A backbone that knows nothing leaves no pseudo pair; human ones in the same format take their place.
     pairs = read_rows(t / "data/stage2.flores.jsonl")[::5]
     write_jsonl(t / "pseudo/pseudo.train.jsonl", [{**r, "origin": "pseudo", "pivot": "-"} for r in pairs])
-    run(*TORCHRUN, ROOT / "train.py", "--stage", 2, *train, "--pseudo", t / "pseudo", "--out", t / "stage2")
+    inside(ROOT / "train.py", "--stage", 2, *train, "--pseudo", t / "pseudo", "--out", t / "stage2")
     run(*TORCHRUN, ROOT / "evaluate.py", "--all-directions", "--adapter", t / "stage2/adapter", "--test", t / "data/test.jsonl", "--out", t / "scores", *decode)
     scores = json.loads((t / "scores/scores.json").read_text())
     assert len(scores["directions"]) == 30 and all(s["off_target_ref"] <= 34 for s in scores["directions"].values())

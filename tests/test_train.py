@@ -17,12 +17,13 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file
 
 import model as backbone
-from conftest import ROOT, TORCHRUN, randomise, read_rows, refuses, run
+from conftest import ROOT, TORCHRUN, inside, randomise, read_rows, refuses, run
 from crosslora import CrossLoRA
 from data import LANGUAGES, Tokenizer, encode
 from files import write_jsonl
 from generate import Ranks, device_and_dtype, load_engine, translate_batch
-from train import backward, denominator, evaluate_dev, forward_sums, lr_factor, rdrop_sums, saved_bytes
+from plan import saved_bytes
+from train import backward, denominator, evaluate_dev, forward_sums, lr_factor, rdrop_sums
 
 
 def test_rdrop_equals_the_equations_written_out():
@@ -161,7 +162,7 @@ def test_precision_bf16_backbone_fp32_everything_trained(checkpoint, sentences):
 def test_dtype_flag_decides_in_one_place(checkpoint, data, tmp_path):
     assert device_and_dtype("cpu") == (torch.device("cpu"), torch.float32)
     assert device_and_dtype("cpu", "bfloat16") == (torch.device("cpu"), torch.bfloat16)
-    run(*command(checkpoint, data, tmp_path / "run", "--max-steps", 2, "--micro-batch-size", 4, "--dtype", "bfloat16"))
+    inside(*command(checkpoint, data, tmp_path / "run", "--max-steps", 2, "--micro-batch-size", 4, "--dtype", "bfloat16"))
     assert all(t.dtype == torch.float32 for t in load_file(tmp_path / "run/adapter/adapter.safetensors").values())
     engine = load_engine(None, tmp_path / "run/adapter", dtype="bfloat16", device="cpu")
     assert {p.dtype for p in engine.model.parameters()} == {torch.bfloat16} == {engine.dtype}
@@ -253,7 +254,7 @@ def test_kill_and_resume_is_as_if_never_stopped(checkpoint, data, tmp_path):
         assert process.wait() == -signal.SIGKILL  # it was killed midway, not finished
     assert "resuming at step" in run(*command(checkpoint, data, stopped)).stdout
     same_run(straight, stopped)
-    assert "finished already" in run(*command(checkpoint, data, stopped)).stdout
+    assert "finished already" in inside(*command(checkpoint, data, stopped))
     same_run(straight, stopped)
     refuses(*command(checkpoint, data, stopped, "--seed", 9), says=["other settings", "seed was 0, now 9"])
     same_run(straight, stopped)
@@ -334,13 +335,13 @@ def test_a_run_that_diverges_stops_and_keeps_no_adapter(checkpoint, data, tmp_pa
 
 
 def test_init_adapter_starts_where_the_other_ended(checkpoint, data, adapter_folder, tmp_path):
-    run(*command(checkpoint, data, tmp_path / "a", "--max-steps", 1, "--lr", 0, "--init-adapter", adapter_folder, "--alpha", 8))
+    inside(*command(checkpoint, data, tmp_path / "a", "--max-steps", 1, "--lr", 0, "--init-adapter", adapter_folder, "--alpha", 8))
     a, b = load_file(tmp_path / "a/adapter/adapter.safetensors"), load_file(adapter_folder / "adapter.safetensors")
     assert all(torch.equal(a[name], b[name]) for name in b)
 
 
 def test_keep_best_keeps_the_lowest_dev_loss(checkpoint, data, tmp_path):
-    run(*command(checkpoint, data, tmp_path / "best", "--keep", "best", "--lr", 1.0, "--epochs", 4))
+    inside(*command(checkpoint, data, tmp_path / "best", "--keep", "best", "--lr", 1.0, "--epochs", 4))
     dev = [(r["dev"]["loss"], r["step"]) for r in read_rows(tmp_path / "best/metrics.jsonl") if "dev" in r]
     assert json.loads((tmp_path / "best/adapter/adapter.json").read_text())["steps"] == min(dev)[1]
 
@@ -396,15 +397,15 @@ def test_expected_memory_is_what_autograd_keeps(checkpoint, sentences):
 def test_dry_run_of_the_papers_backbones(name, frozen, trained, shared, tmp_path):
     """From config.json alone: published parameter counts, the adapter's by hand, Table 5's pairs in batches of 32."""
     shutil.copy(shared / "tokenizers" / name / "config.json", tmp_path)
-    out = run(ROOT / "train.py", "--stage", 2, "--dry-run", "--model", tmp_path, "--data", tmp_path / "none").stdout
+    out = inside(ROOT / "train.py", "--stage", 2, "--dry-run", "--model", tmp_path, "--data", tmp_path / "none")
     assert f"{frozen:,} parameters, frozen" in out and f"{trained:,} parameters, trained" in out
     assert f"{math.ceil((10 * 20997 + 20 * 18997) / 32):,} an epoch" in out and "memory" in out
     assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
 
 
 def test_dry_run_counts_what_training_sees(checkpoint, data, tmp_path):
-    out = run(*command(checkpoint, data, tmp_path / "out", "--dry-run")).stdout
+    out = inside(*command(checkpoint, data, tmp_path / "out", "--dry-run"))
     lengths = [len(e.ids) for e in encode(Tokenizer(checkpoint, backbone.Config.load(checkpoint)), read_rows(data / "stage1.train.jsonl"))[0]]
     refuses(*command(checkpoint, data, tmp_path / "out", "--dry-run", "--max-length", 5), says="no training pair fits")
-    assert f"{math.ceil((10 * 20997 + 20 * 18997) / 4):,} an epoch" in run(*command(checkpoint, data, tmp_path / "out", "--dry-run", stage=2)).stdout
+    assert f"{math.ceil((10 * 20997 + 20 * 18997) / 4):,} an epoch" in inside(*command(checkpoint, data, tmp_path / "out", "--dry-run", stage=2))
     assert f"{sum(lengths):,} an epoch" in out and f"longest {max(lengths)}" in out and not (tmp_path / "out").exists()

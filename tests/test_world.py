@@ -4,8 +4,11 @@ import random
 
 import pytest
 
-from conftest import ROOT, TORCHRUN, read_rows, refuses, run
+from compare import CLAIMS, SYSTEMS, claims_table, results_table
+from conftest import ROOT, TORCHRUN, inside, read_rows, refuses, run
 from data import LANGUAGES, read_flores, read_opus
+from files import read_json
+from tables import PAPER
 from world import WORDS, meanings, sentence
 
 ENGLISH = {kind: [row[0] for row in rows] for kind, rows in WORDS.items()}
@@ -64,7 +67,7 @@ def test_a_sentence_means_one_thing_in_every_language():
 def test_corpora(tmp_path):
     world = tmp_path / "world"
     command = (ROOT / "examples/tiny/world.py", "--out", world, "--train", 50, "--dev", 6, "--test", 7)
-    run(*command)
+    inside(*command)
     seen = set()
     for lang in list(LANGUAGES)[1:]:
         for split, count in (("train", 50), ("dev", 6), ("test", 7)):
@@ -76,17 +79,31 @@ def test_corpora(tmp_path):
         assert len(rows) == count and not seen & {row[0] for row in rows}
         seen |= {row[0] for row in rows}
     assert len(list((world / "opus-100-corpus/v1.0/supervised").iterdir())) == 5  # English-centric pairs only
-    assert "made already" in run(*command).stdout
+    assert "made already" in inside(*command)
     refuses(*command, "--seed", 1, says="seed was 0, now 1")
+
+
+def test_the_comparison_reads_its_seeds_as_a_statistician_would():
+    """Mean and standard deviation over seeds; differences paired by seed; a verdict only beyond two standard errors."""
+    means = lambda bleu: {g: {"bleu": bleu, "chrf": bleu, "off_target": 1.0} for g in ("english", "non_english", "average")}
+    scores = {"LoRA": [means(b) for b in (10, 20, 30)], "CrossLoRA": [means(b) for b in (12, 22.5, 31.5)],
+              "3 Experts": [means(b) for b in (11, 24, 33)], "w/o R-Drop": [means(b) for b in (15, 25, 35)]}
+    table = results_table(scores, {"LoRA": 1234})
+    assert "| LoRA | 1,234 | 20.00 ± 10.00 | 20.00 ± 10.00 | 20.00 ± 10.00 | 20.00 ± 10.00 | 1.0 ± 0.0 |" in table
+    lines = claims_table(scores, read_json(PAPER)).splitlines()
+    assert "| CrossLoRA over LoRA (Table 1) | +4.13 | 2.00 ± 0.50 | agrees |" in lines
+    assert any(line.startswith("| CrossLoRA over 3 Experts (Table 3) | +0.38") and line.endswith("| the seeds don't tell |") for line in lines)
+    assert any(line.startswith("| CrossLoRA over w/o R-Drop (Table 6) | +0.53") and line.endswith("| contradicts |") for line in lines)
+    assert len(lines) == 2 + 3 and set(SYSTEMS) >= {name for claim in CLAIMS for name in claim[:2]}
 
 
 def test_the_whole_chain_by_its_commands(tmp_path):
     """Every shipped command in the order of `make tiny`, on a world and a backbone too small to translate well."""
     t = tmp_path
-    run(ROOT / "examples/tiny/world.py", "--out", t / "world", "--train", 90, "--dev", 4, "--test", 3)
+    inside(ROOT / "examples/tiny/world.py", "--out", t / "world", "--train", 90, "--dev", 4, "--test", 3)
     run(ROOT / "examples/tiny/pretrain.py", "--world", t / "world", "--out", t / "backbone", "--hidden-size", 32, "--layers", 2,
         "--steps", 300, "--phrase-steps", 100, "--lines", 16, "--lr", "1e-2")
-    run(ROOT / "data.py", "--data", t / "world", "--out", t / "data", "--train-pairs", 30)
+    inside(ROOT / "data.py", "--data", t / "world", "--out", t / "data", "--train-pairs", 30)
     train = ("--model", t / "backbone", "--data", t / "data", "--max-steps", 40, "--lr", "1e-2", "--epochs", 20, "--micro-batch-size", 16)
     decode = ("--max-new-tokens", 24, "--batch-size", 64)
     run(*TORCHRUN, ROOT / "train.py", "--stage", 1, *train, "--out", t / "stage1")
@@ -94,7 +111,7 @@ def test_the_whole_chain_by_its_commands(tmp_path):
     assert read_rows(t / "pseudo/pseudo.train.jsonl"), (t / "pseudo/report.md").read_text()
     run(*TORCHRUN, ROOT / "train.py", "--stage", 2, *train, "--pseudo", t / "pseudo", "--out", t / "stage2")
     for name, what in (("scores/base", ("--model", t / "backbone")), ("scores/stage2", ("--adapter", t / "stage2/adapter"))):
-        run(*TORCHRUN, ROOT / "evaluate.py", "--all-directions", *what, "--test", t / "data/test.jsonl", "--out", t / name, *decode)
-    table = run(ROOT / "evaluate.py", "--table", t / "scores/base", t / "scores/stage2").stdout
+        inside(ROOT / "evaluate.py", "--all-directions", *what, "--test", t / "data/test.jsonl", "--out", t / name, *decode)
+    table = inside(ROOT / "evaluate.py", "--table", t / "scores/base", t / "scores/stage2")
     assert table.count("\n") == 4
     assert run(ROOT / "generate.py", "--adapter", t / "stage2/adapter", "--src", "de", "--tgt", "is", "Der Hund sieht die Katze.").stdout.strip()

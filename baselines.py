@@ -1,0 +1,120 @@
+"""Prior systems of Table 1 (section 4.3), each with its own language codes, prompt and usual decoding.
+
+    python baselines.py --system nllb --input data/test.jsonl --output runs/nllb.jsonl     # then evaluate.py --hypotheses
+    python evaluate.py --system nllb --all-directions --out runs/scores/nllb               # the same, resumable, scored
+    python pivot.py --system nllb --out runs/pseudo-nllb                                   # Table 7's second row
+
+The models run in `transformers`, which no other script needs. B batch rows, T tokens.
+"""
+
+import argparse
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from data import LANGUAGES, read_jsonl
+from files import UserError, run_main
+from generate import add_translation_arguments, check_counts, check_output, device_and_dtype, init_distributed, translate_jsonl
+
+ALMA = "Translate this from {src} to {tgt}:\n{src}: {text}\n{tgt}:"
+BIGTRANSLATE = "以下是一个描述任务的指令，请写一个完成该指令的适当回复。\n\n### 指令:\n请将以下{src}句子翻译成{tgt}：{text}\n\n### 回复:"
+CHINESE_NAMES = {"en": "英语", "de": "德语", "is": "冰岛语", "cs": "捷克语", "ru": "俄语", "zh": "中文"}
+
+
+class System(NamedTuple):
+    model: str  # hub name of the size that the paper compares
+    codes: dict  # our language code -> the system's
+    prompt: str | None  # of a decoder-only system; encoder-decoders take language tokens
+    beams: int  # as its authors decode
+    via_english: bool = False  # non-English directions in two hops, as the paper evaluates it
+
+
+SYSTEMS = {
+    "nllb": System("facebook/nllb-200-3.3B", {code: language.flores for code, language in LANGUAGES.items()}, None, 4),
+    "m2m100": System("facebook/m2m100-12B-avg-5-ckpt", {code: code for code in LANGUAGES}, None, 5),
+    "bigtranslate": System("James-WYang/BigTranslate", CHINESE_NAMES, BIGTRANSLATE, 5),
+    "alma": System("haoranxu/ALMA-7B", {code: language.name for code, language in LANGUAGES.items()}, ALMA, 5, via_english=True),
+}
+
+
+class Baseline:
+    """A prior system behind what translate_jsonl needs of an engine: languages, identity, translate."""
+
+    def __init__(self, system, model=None, device="auto", dtype="auto"):
+        """system: a key of SYSTEMS; model: a folder or hub name in place of its own. Raises UserError if it can't be had."""
+        from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer  # slow to import
+
+        self.system, name = SYSTEMS[system], model or SYSTEMS[system].model
+        self.via_english = self.system.via_english
+        self.device, self.dtype = device_and_dtype(device, dtype)
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(name, **({"padding_side": "left"} if self.system.prompt else {}))
+            kind = AutoModelForCausalLM if self.system.prompt else AutoModelForSeq2SeqLM
+            self.model = kind.from_pretrained(name, dtype=self.dtype).to(self.device).eval()
+        except Exception as error:  # of the hub, a missing file or a wrong architecture
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise UserError(f"{name}: can't be loaded as {system} ({reason}); pass --model with a folder that holds it") from None
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        self.languages = [code for code in LANGUAGES if code in self.system.codes]
+        revision = getattr(self.model.config, "_commit_hash", None)
+        self.identity = {"system": system, "model": str(name), "revision": revision, "beams": self.system.beams, "dtype": str(self.dtype).removeprefix("torch.")}
+
+    def language_token(self, lang):
+        token = self.system.codes[lang]
+        if hasattr(self.tokenizer, "get_lang_id"):  # M2M100 writes its codes as __de__
+            return self.tokenizer.get_lang_id(token)
+        return self.tokenizer.convert_tokens_to_ids(token)
+
+    @torch.inference_mode()
+    def translate(self, rows, max_new_tokens):
+        """[(translation, "stop" | "length"), ...] of rows (src_lang, tgt_lang, src), mixed directions in one batch."""
+        limit = min(self.tokenizer.model_max_length, self.model.config.max_position_embeddings)
+        ids = []
+        for row in rows:
+            if self.system.prompt is None:
+                self.tokenizer.src_lang = self.system.codes[row["src_lang"]]
+                text = row["src"].strip()
+            else:
+                codes = self.system.codes
+                text = self.system.prompt.format(src=codes[row["src_lang"]], tgt=codes[row["tgt_lang"]], text=row["src"].strip())
+            ids.append(self.tokenizer(text, truncation=True, max_length=limit).input_ids)
+        batch = self.tokenizer.pad({"input_ids": ids}, return_tensors="pt").to(self.device)  # (B, T)
+        settings = {"num_beams": self.system.beams, "do_sample": False, "max_new_tokens": max_new_tokens}
+        if self.system.prompt is None:  # the target's token is the decoder's second input, whatever the row's target
+            start = self.model.generation_config.decoder_start_token_id or self.model.config.decoder_start_token_id
+            head = torch.tensor([[start, self.language_token(row["tgt_lang"])] for row in rows], device=self.device)  # (B, 2)
+            out = self.model.generate(**batch, decoder_input_ids=head, **settings)[:, 2:]
+        else:
+            out = self.model.generate(**batch, pad_token_id=self.tokenizer.pad_token_id, **settings)[:, batch.input_ids.shape[1]:]
+        results = []
+        for row in out.tolist():
+            text = self.tokenizer.decode(row, skip_special_tokens=True).strip()
+            ended = self.tokenizer.eos_token_id in row
+            if self.system.prompt is not None and "\n" in text:  # a decoder-only system that goes on has ended its sentence
+                text, ended = text.split("\n")[0].strip(), True
+            results.append((text, "stop" if ended else "length"))
+        return results
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--system", required=True, choices=list(SYSTEMS), help="section 4.3")
+    parser.add_argument("--model", help="folder or hub name; default: the size that the paper compares")
+    parser.add_argument("--input", required=True, help="JSONL file whose lines carry src_lang, tgt_lang and src")
+    parser.add_argument("--output", required=True, help="the same lines with hyp and finish")
+    add_translation_arguments(parser)
+    args = parser.parse_args()
+    check_counts(args)
+    check_output(args.output)
+    rows = read_jsonl(args.input, need=("src",))
+    ranks = init_distributed(args.device)
+    engine = Baseline(args.system, args.model, args.device, args.dtype)
+    translate_jsonl(engine, rows, Path(args.output), args.batch_size, args.max_new_tokens, ranks, args.system)
+    if ranks.rank == 0:
+        print(f"{args.output}: {len(rows)} translations")
+
+
+if __name__ == "__main__":
+    run_main(main)

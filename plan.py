@@ -1,0 +1,66 @@
+"""What a training run will be, from config.json alone: parameters, steps, tokens, memory (train.py --dry-run)."""
+
+import math
+from pathlib import Path
+
+import torch
+
+import model as backbone
+from crosslora import CrossLoRA
+from data import LANGUAGES, Tokenizer, encode, read_stage_data, target_count
+from files import UserError
+
+
+def saved_bytes(cfg, rows, tokens, targets, element):
+    """Estimate of what one micro-batch keeps for its backward pass, in bytes: `rows` (R-Drop's copies included) of
+    `tokens` each, `targets` in all, activations of `element` bytes.
+
+    A layer keeps two fp32 norm inputs, attention's q, k, v and output, the dropped inputs of three LoRA branches with
+    their masks, and SwiGLU's three factors; frozen projections keep nothing. The loss keeps about three fp32 copies
+    of its logits beside the logits themselves.
+    """
+    D, F_, heads = cfg.hidden_size, cfg.intermediate_size, 2 * (cfg.num_attention_heads + cfg.num_key_value_heads) * cfg.head_dim
+    layer = D * (2 * 4 + 2 * (1 + element)) + heads * element + F_ * (3 * element + 1 + element)
+    return rows * tokens * cfg.num_hidden_layers * layer + targets * cfg.vocab_size * (3 * 4 + element)
+
+
+def dry_run(args):
+    """Print what a run would be, from config.json alone and, where they are, tokenizer and data: no weights are read.
+    Without prepared data (in Stage 2: without --pseudo) it counts Table 5's pairs."""
+    folder, _ = backbone.resolve(args.model, ["config.json", "tokenizer.json"])
+    cfg = backbone.Config.load(folder)
+    languages, examples, source = list(LANGUAGES), None, "Table 5"
+    if (Path(args.data) / "manifest.json").exists() and (args.stage == 1 or args.pseudo):
+        languages, rows, _, _ = read_stage_data(args)
+        pairs, source = len(rows), args.data
+        if (folder / "tokenizer.json").exists():
+            examples, dropped = encode(Tokenizer(folder, cfg, args.prompt_format), rows, args.max_length)
+            pairs = len(examples)
+            if not examples:
+                raise UserError(f"{args.data}: no training pair fits --max-length {args.max_length}")
+    else:
+        pairs = 10 * 20997 + (20 * 18997 if args.stage == 2 else 0)
+    with torch.device("meta"):
+        adapter = CrossLoRA(cfg, languages, args.rank, args.alpha, args.dropout, args.adapter_type, args.groups, args.top_k)
+    size = lambda module: sum(p.numel() for p in module.parameters())
+    frozen, trained = size(backbone.build(cfg)), size(adapter)
+    one = lambda experts: next(iter(experts.values())).numel()
+    expert = sum(one(bank.lora_A) + one(bank.lora_B) for layer in adapter.layers for bank in layer.values())  # a row's
+    steps = math.ceil(pairs / args.batch_size)
+    print(f"backbone:   {frozen:,} parameters, frozen")
+    print(f"adapter:    {trained:,} parameters, trained: {trained / frozen:.2%} of the backbone, {trained / (frozen + trained):.2%} of the total")
+    print(f"steps:      {steps:,} an epoch, {min(args.epochs * steps, args.max_steps or math.inf):,} in all; {pairs:,} pairs ({source}) in batches of {args.batch_size}")
+    if examples is None:
+        print("tokens:     unknown without --data from data.py and the checkpoint's tokenizer.json")
+        length, targets = args.max_length, args.max_length // 2
+    else:
+        lengths, counts = [len(e.ids) for e in examples], [target_count(e) for e in examples]
+        length, targets = max(lengths), max(counts)  # rows are sorted by length, so the worst micro-batch is all long ones
+        print(f"tokens:     {sum(lengths):,} an epoch, {sum(counts):,} of them targets; {sum(lengths) / pairs:.1f} a pair, longest {length}; {dropped} pairs dropped")
+    passes = 2 if args.rdrop_alpha > 0 else 1
+    for what, element in (("bf16 backbone (GPU)", 2), ("fp32 backbone (CPU)", 4)):
+        # fp32 weight, gradient and two moments are 16 bytes a trained parameter; an expert of A and of B is gathered a row
+        parts = [frozen * element, 16 * trained, args.micro_batch_size * passes * expert * element,
+                 saved_bytes(cfg, args.micro_batch_size * passes, length, args.micro_batch_size * passes * targets, element)]
+        print(f"memory:     at most {sum(parts) / 2**30:.1f} GiB a process, {what}: weights {parts[0] / 2**30:.1f}, adapter with gradient and Adam {parts[1] / 2**30:.1f}, "
+              f"gathered experts {parts[2] / 2**30:.1f}, activations {parts[3] / 2**30:.1f} ({args.micro_batch_size} pairs of {length} tokens)")

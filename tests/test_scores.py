@@ -1,0 +1,170 @@
+"""Metrics, tables, figures and significance, each held against something independent."""
+
+import json
+import random
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import sacrebleu
+
+from conftest import ROOT, inside, read_rows, refuses
+from data import LANGUAGES, all_directions, group_of
+from files import UserError, read_json, write_jsonl
+from scores import RougeTokens, comet_scores, load_comet, paired_bootstrap, score
+from tables import PAPER, audit, averages, heat_maps, tables_8_9
+
+REFS = {"de": ["Der Hund sieht den Tisch.", "Die Katze kauft ein schönes Haus."], "zh": ["那只狗看见桌子。", "那只猫买房子。"]}
+HYPS = {"de": ["Der Hund sieht einen Tisch.", "Katze kauft schönes altes Haus."], "zh": ["那只狗看见了桌子。", "猫买房子。"]}
+
+
+def rows_of(lang):
+    return [{"tgt": r, "hyp": h} for r, h in zip(REFS[lang], HYPS[lang])]
+
+
+def lcs(a, b):
+    table = np.zeros((len(a) + 1, len(b) + 1), int)
+    for i, x in enumerate(a):
+        for j, y in enumerate(b):
+            table[i + 1, j + 1] = table[i, j] + 1 if x == y else max(table[i, j + 1], table[i + 1, j])
+    return table[-1, -1]
+
+
+@pytest.mark.parametrize("lang", ["de", "zh"])
+def test_rouge_l_is_the_longest_common_subsequence(lang):
+    def tokens(text):
+        return list(text) if lang == "zh" else re.findall(r"\w+|[^\w\s]", text.lower())
+
+    want = []
+    for row in rows_of(lang):
+        r, h = tokens(row["tgt"]), tokens(row["hyp"])
+        p, q = lcs(r, h) / len(h), lcs(r, h) / len(r)
+        want.append(2 * p * q / (p + q))
+    assert score(rows_of(lang), lang, lambda text: lang)["rouge_l"] == pytest.approx(100 * sum(want) / len(want))
+
+
+def test_rouge_keeps_letters_that_its_own_tokenizer_deletes():
+    assert RougeTokens("ru").tokenize("Собака спит.") == ["собака", "спит", "."]
+    assert RougeTokens("zh").tokenize("他 说：好。") == list("他说：好。")
+    assert RougeTokens("is").tokenize("Þetta er ágætt") == ["þetta", "er", "ágætt"]
+
+
+def test_an_empty_hypothesis_scores_nothing():
+    got = score([{"tgt": "Der Hund.", "hyp": ""}], "de", lambda text: "de")
+    assert got["bleu"] == got["rouge_l"] == got["chrf"] == 0 and got["off_target"] == got["empty"] == 100
+
+
+def hypotheses(path, seed, noise):
+    """A JSONL file of twelve sentences in four directions whose words are dropped at random."""
+    rng, rows = random.Random(seed), []
+    for src_lang, tgt_lang in (("en", "de"), ("de", "en"), ("de", "zh"), ("zh", "de")):
+        for i in range(12):
+            words = [f"wort{(7 * i + j) % 50}" for j in range(12)]
+            hyp = " ".join(w for w in words if rng.random() > noise)
+            rows.append({"src_lang": src_lang, "tgt_lang": tgt_lang, "src": f"satz {i}", "tgt": " ".join(words), "hyp": hyp, "finish": "stop"})
+    write_jsonl(path, rows)
+    return rows
+
+
+@pytest.mark.filterwarnings("ignore:`isinstance")  # of pytorch-lightning's own
+def test_comet_scores_every_row_in_its_place(comet_folder, monkeypatch, tmp_path):
+    """unbabel-comet itself loads and runs the checkpoint, offline; its averages are those of its scores one by one."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    rows = hypotheses(tmp_path / "h.jsonl", 1, 0.4)
+    scores = inside(ROOT / "evaluate.py", "--directions", "en-de,zh-de", "--hypotheses", tmp_path / "h.jsonl", "--out", tmp_path / "out", "--comet", comet_folder)
+    assert "COMET-22" in scores and f"COMET: {comet_folder}, times 100" in scores
+    model = load_comet(str(comet_folder))
+    got = read_json(tmp_path / "out/scores.json")["directions"]
+    for direction in ("en-de", "zh-de"):
+        part = [r for r in rows if f"{r['src_lang']}-{r['tgt_lang']}" == direction]
+        one_by_one = [comet_scores(model, [row])[0] for row in part[:2]]
+        assert comet_scores(model, part)[:2] == pytest.approx(one_by_one, abs=1e-3)
+        assert got[direction]["comet"] == pytest.approx(np.mean(comet_scores(model, part)), abs=1e-3)
+    assert got["en-de"]["comet"] != got["zh-de"]["comet"]
+
+
+def test_a_failing_comet_keeps_the_other_scores(tmp_path):
+    hypotheses(tmp_path / "h.jsonl", 1, 0.4)
+    (tmp_path / "broken/checkpoints").mkdir(parents=True)
+    (tmp_path / "broken/checkpoints/model.ckpt").write_bytes(b"no checkpoint")
+    printed = inside(ROOT / "evaluate.py", "--directions", "en-de", "--hypotheses", tmp_path / "h.jsonl", "--out", tmp_path / "out", "--comet", tmp_path / "broken")
+    scores = read_json(tmp_path / "out/scores.json")
+    assert scores["directions"]["en-de"]["bleu"] > 0 and "comet" not in scores["directions"]["en-de"]
+    assert f"--comet {tmp_path / 'broken'}: can't be loaded (" in scores["notes"][0] and scores["notes"][0] in printed
+    with pytest.raises(UserError, match="--comet nobody/nothing: can't be loaded"):
+        load_comet("nobody/nothing")
+
+
+def test_paired_bootstrap_is_sacrebleus_command(tmp_path):
+    """The same p-values and intervals as `sacrebleu --paired-bs` prints."""
+    ours, theirs = hypotheses(tmp_path / "a.jsonl", 1, 0.2), hypotheses(tmp_path / "b.jsonl", 2, 0.5)
+    ours, theirs = ([r for r in rows if r["tgt_lang"] == "de" and r["src_lang"] == "en"] for rows in (ours, theirs))
+    got = paired_bootstrap(ours, theirs, "de", samples=200)
+    for name, rows in (("ref", [r["tgt"] for r in ours]), ("ours", [r["hyp"] for r in ours]), ("theirs", [r["hyp"] for r in theirs])):
+        (tmp_path / name).write_text("\n".join(rows) + "\n")
+    out = subprocess.run([sys.executable, "-m", "sacrebleu", str(tmp_path / "ref"), "-i", str(tmp_path / "theirs"), str(tmp_path / "ours"), "-m", "bleu", "chrf",
+                          "--chrf-word-order", "2", "--paired-bs", "--paired-bs-n", "200", "--format", "json"], capture_output=True, text=True, check=True).stdout
+    baseline, system = json.loads(out)
+    for key, name in (("bleu", "BLEU"), ("chrf", "chrF2++")):
+        a, b = baseline[name], system[name]
+        assert got[key]["theirs"] == pytest.approx(a["score"], abs=0.06) and got[key]["ours"] == pytest.approx(b["score"], abs=0.06)
+        assert got[key]["ours_ci"] == pytest.approx(b["ci"], abs=0.06) and got[key]["p"] == pytest.approx(b["p_value"], abs=1e-3)
+    with pytest.raises(UserError, match="translated other sentences"):
+        paired_bootstrap(ours, [{**r, "tgt": "x"} for r in theirs], "de", 10)
+    with pytest.raises(UserError, match="12 and 3 sentences"):
+        paired_bootstrap(ours, theirs[:3], "de", 10)
+
+
+def test_the_commands_of_tables_figures_and_comparisons(tmp_path):
+    for name, seed, noise in (("good", 1, 0.1), ("bad", 2, 0.6)):
+        hypotheses(tmp_path / f"{name}.jsonl", seed, noise)
+        inside(ROOT / "evaluate.py", "--directions", "en-de,de-en,de-zh,zh-de", "--hypotheses", tmp_path / f"{name}.jsonl", "--out", tmp_path / name)
+        assert read_rows(tmp_path / name / "hypotheses.jsonl") == read_rows(tmp_path / f"{name}.jsonl")
+    pictures = {p.name: p.read_bytes() for p in (tmp_path / "good/heatmaps").iterdir()}
+    assert {"bleu.png", "chrf.png", "rouge_l.png", "off_target.png"} <= set(pictures) and "comet.png" not in pictures
+    assert all(data.startswith(b"\x89PNG") for data in pictures.values())
+    table = inside(ROOT / "evaluate.py", "--table", tmp_path / "good", tmp_path / "bad", "--compare", "paper")
+    assert "| paper: LLaMA-3-8B-Instruct CrossLoRA Stage 2 | 29.69 | 20.60 | 23.63 | 78.74 | 81.94 | 80.88 |" in table
+    good = read_json(tmp_path / "good/scores.json")
+    row = next(line for line in table.split("### BLEU")[1].splitlines() if line.startswith("| de-zh |"))
+    assert f"| de-zh | {good['directions']['de-zh']['bleu']:.2f} |" in row and row.endswith("| 37.96 |")
+    resampled = inside(ROOT / "evaluate.py", "--out", tmp_path / "good", "--against", tmp_path / "bad", "--samples", 100)
+    assert "BLEU: good better in 4, bad better in 0 of 4 directions (p < 0.05)" in resampled and "| de-zh |" in resampled
+    refuses(ROOT / "evaluate.py", "--compare", "paper", says="goes with --table")
+    run = tmp_path / "run"
+    run.mkdir()
+    lines = [{"step": i, "lr": 1e-3 / i, "nll": 3 / i, "kl": 0.1, "loss": 3 / i + 0.01} for i in range(1, 9)] + [{"step": 8, "dev": {"nll": 0.5, "kl": 0.1, "loss": 0.51}}]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    inside(ROOT / "evaluate.py", "--curves", run, "--out", tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    (run / "metrics.jsonl").write_text("")
+    refuses(ROOT / "evaluate.py", "--curves", run, "--out", tmp_path / "curves.png", says="no steps in it")
+
+
+def test_heat_map_has_source_rows_and_target_columns(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    drawn, original = [], Axes.imshow
+    monkeypatch.setattr(Axes, "imshow", lambda self, grid, **kwargs: drawn.append(grid) or original(self, grid, **kwargs))
+    heat_maps({f"{s}-{t}": {"bleu": 10 * i + j} for i, s in enumerate(LANGUAGES) for j, t in enumerate(LANGUAGES) if s != t}, tmp_path / "maps")
+    grid, = drawn
+    assert all(grid[i][j] == 10 * i + j for i in range(6) for j in range(6) if i != j) and np.isnan(grid[2][2])
+
+
+def test_the_papers_tables_as_an_auditor_reads_them():
+    """All 30 directions, groups of 10 and 20, and the one system whose directions do not average to Table 1."""
+    paper = read_json(PAPER)
+    directions = {"-".join(pair) for pair in all_directions(list(LANGUAGES))}
+    assert all(set(scores) == directions for scores in paper["directions"].values())
+    lines = audit(paper)
+    wrong = [line for line in lines if "Tables 8 and 9 average" in line]
+    assert wrong == [
+        "CrossLoRA Stage 2: the directions of Tables 8 and 9 average to 29.79 / 22.46 / 24.90 BLEU, Table 1 prints 29.69 / 20.60 / 23.63.",
+        "CrossLoRA Stage 2: the directions of Tables 8 and 9 average to 78.74 / 82.13 / 81.00 COMET-22, Table 1 prints 78.74 / 81.94 / 80.88."]
+    assert len(paper["table1"]) == 16 and paper["table7"]["NLLB-3.3B"]["english"]["bleu"] == 29.72
+    english = [s["bleu"] for d, s in paper["directions"]["NLLB-3.3B"].items() if group_of(*d.split("-")) == "english"]
+    assert averages(paper["directions"]["NLLB-3.3B"])["english"]["bleu"] == pytest.approx(sum(english) / 10)
+    assert "| ru-zh | 24.96 |" in tables_8_9({"NLLB": paper["directions"]["NLLB-3.3B"]})
+    assert sacrebleu.__version__ == "2.6.0"  # the signature that README prints
