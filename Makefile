@@ -47,7 +47,7 @@ tiny: world
 	@echo "translations:  $(T)/scores/*/hypotheses.jsonl, a line a direction in table.md"
 
 test: .venv/installed
-	$(PYTHON) -m pytest -q tests
+	$(PYTHON) -m pytest -q -n 2 tests
 
 SCORE = --test $(RUN)/data/test.jsonl --comet Unbabel/wmt22-comet-da
 

@@ -15,25 +15,28 @@ import torch
 
 from data import LANGUAGES, read_jsonl
 from files import UserError, run_main
-from generate import add_translation_arguments, check_counts, check_output, device_and_dtype, init_distributed, translate_jsonl
+from generate import (add_translation_arguments, check_counts, check_output, device_and_dtype, init_distributed, load_engine, translate_jsonl,
+                      translate_via_english)
 
 ALMA = "Translate this from {src} to {tgt}:\n{src}: {text}\n{tgt}:"
 BIGTRANSLATE = "以下是一个描述任务的指令，请写一个完成该指令的适当回复。\n\n### 指令:\n请将以下{src}句子翻译成{tgt}：{text}\n\n### 回复:"
-CHINESE_NAMES = {"en": "英语", "de": "德语", "is": "冰岛语", "cs": "捷克语", "ru": "俄语", "zh": "中文"}
+CHINESE_NAMES = {"en": "英语", "de": "德语", "is": "冰岛语", "cs": "捷克语", "ru": "俄语", "zh": "汉语"}
 
 
 class System(NamedTuple):
     model: str  # hub name of the size that the paper compares
     codes: dict  # our language code -> the system's
     prompt: str | None  # of a decoder-only system; encoder-decoders take language tokens
-    beams: int  # as its authors decode
+    beams: int  # as its authors decode, like no_repeat
+    no_repeat: int = 0  # no n-gram of this length twice
+    token: str = "{}"  # an encoder-decoder's language token, from its code
     via_english: bool = False  # non-English directions in two hops, as the paper evaluates it
 
 
 SYSTEMS = {
     "nllb": System("facebook/nllb-200-3.3B", {code: language.flores for code, language in LANGUAGES.items()}, None, 4),
-    "m2m100": System("facebook/m2m100-12B-avg-5-ckpt", {code: code for code in LANGUAGES}, None, 5),
-    "bigtranslate": System("James-WYang/BigTranslate", CHINESE_NAMES, BIGTRANSLATE, 5),
+    "m2m100": System("facebook/m2m100-12B-avg-5-ckpt", {code: code for code in LANGUAGES}, None, 5, token="__{}__"),
+    "bigtranslate": System("James-WYang/BigTranslate", CHINESE_NAMES, BIGTRANSLATE, 5, no_repeat=6),
     "alma": System("haoranxu/ALMA-7B", {code: language.name for code, language in LANGUAGES.items()}, ALMA, 5, via_english=True),
 }
 
@@ -57,15 +60,22 @@ class Baseline:
             raise UserError(f"{name}: can't be loaded as {system} ({reason}); pass --model with a folder that holds it") from None
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        self.languages = [code for code in LANGUAGES if code in self.system.codes]
+        if self.system.prompt is None:
+            try:
+                self.tokens = {lang: self.language_token(lang) for lang in LANGUAGES}
+            except KeyError as missing:
+                raise UserError(f"{name}: its tokenizer has no {missing}; it is no checkpoint of {system}") from None
+        self.languages = list(LANGUAGES)
         revision = getattr(self.model.config, "_commit_hash", None)
         self.identity = {"system": system, "model": str(name), "revision": revision, "beams": self.system.beams, "dtype": str(self.dtype).removeprefix("torch.")}
 
     def language_token(self, lang):
-        token = self.system.codes[lang]
-        if hasattr(self.tokenizer, "get_lang_id"):  # M2M100 writes its codes as __de__
-            return self.tokenizer.get_lang_id(token)
-        return self.tokenizer.convert_tokens_to_ids(token)
+        """Id of a language's token. Raises KeyError if the tokenizer has none."""
+        code = self.system.token.format(self.system.codes[lang])
+        token = self.tokenizer.convert_tokens_to_ids(code)
+        if token in (None, self.tokenizer.unk_token_id):
+            raise KeyError(code)
+        return token
 
     @torch.inference_mode()
     def translate(self, rows, max_new_tokens):
@@ -81,13 +91,21 @@ class Baseline:
                 text = self.system.prompt.format(src=codes[row["src_lang"]], tgt=codes[row["tgt_lang"]], text=row["src"].strip())
             ids.append(self.tokenizer(text, truncation=True, max_length=limit).input_ids)
         batch = self.tokenizer.pad({"input_ids": ids}, return_tensors="pt").to(self.device)  # (B, T)
-        settings = {"num_beams": self.system.beams, "do_sample": False, "max_new_tokens": max_new_tokens}
-        if self.system.prompt is None:  # the target's token is the decoder's second input, whatever the row's target
-            start = self.model.generation_config.decoder_start_token_id or self.model.config.decoder_start_token_id
-            head = torch.tensor([[start, self.language_token(row["tgt_lang"])] for row in rows], device=self.device)  # (B, 2)
-            out = self.model.generate(**batch, decoder_input_ids=head, **settings)[:, 2:]
+        settings = {"num_beams": self.system.beams, "do_sample": False, "no_repeat_ngram_size": self.system.no_repeat}
+        if self.system.prompt is None:
+            first = torch.tensor([self.tokens[row["tgt_lang"]] for row in rows], device=self.device)  # (B,)
+
+            def force(ids, scores):
+                """forced_bos_token_id with a token a row, where transformers knows one for all: ids (B*beams, T), scores (B*beams, V)."""
+                if ids.shape[1] > 1:
+                    return scores
+                allowed = first.repeat_interleave(len(ids) // len(first))[:, None]  # (B,) -> (B*beams, 1)
+                return torch.full_like(scores, float("-inf")).scatter(1, allowed, 0.0)
+
+            out = self.model.generate(**batch, logits_processor=[force], max_new_tokens=max_new_tokens + 1, **settings)[:, 2:]
         else:
-            out = self.model.generate(**batch, pad_token_id=self.tokenizer.pad_token_id, **settings)[:, batch.input_ids.shape[1]:]
+            settings.update(pad_token_id=self.tokenizer.pad_token_id, max_new_tokens=max_new_tokens)
+            out = self.model.generate(**batch, **settings)[:, batch.input_ids.shape[1] :]
         results = []
         for row in out.tolist():
             text = self.tokenizer.decode(row, skip_special_tokens=True).strip()
@@ -96,6 +114,19 @@ class Baseline:
                 text, ended = text.split("\n")[0].strip(), True
             results.append((text, "stop" if ended else "length"))
         return results
+
+
+def add_system_argument(parser):
+    parser.add_argument("--system", choices=list(SYSTEMS), help="a prior system in place of --adapter or --model (section 4.3)")
+
+
+def engine_of(args):
+    """The generate.Engine, or the Baseline, that the flags of add_engine_arguments and add_system_argument ask for."""
+    if args.system is None:
+        return load_engine(args.model, args.adapter, args.prompt_format, args.device, args.dtype)
+    if args.adapter is not None:
+        raise UserError("--system is a prior system; --adapter has no part in it")
+    return Baseline(args.system, args.model, args.device, args.dtype)
 
 
 def main():
@@ -111,7 +142,8 @@ def main():
     rows = read_jsonl(args.input, need=("src",))
     ranks = init_distributed(args.device)
     engine = Baseline(args.system, args.model, args.device, args.dtype)
-    translate_jsonl(engine, rows, Path(args.output), args.batch_size, args.max_new_tokens, ranks, args.system)
+    translate = translate_via_english if engine.via_english else translate_jsonl
+    translate(engine, rows, Path(args.output), args.batch_size, args.max_new_tokens, ranks, args.system)
     if ranks.rank == 0:
         print(f"{args.output}: {len(rows)} translations")
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from files import UserError, file_sha256, hub_snapshot, read_json, read_lines, write_atomic
+from files import UserError, file_sha256, hub_snapshot, lock_folder, read_json, read_lines, write_atomic
 
 OPUS, FLORES = "opus-100-corpus/v1.0/supervised", "flores200_dataset"
 OPUS_URL = "https://object.pouta.csc.fi/OPUS-100/v1.0/opus-100-corpus-{pair}-v1.0.tar.gz"
@@ -61,36 +61,53 @@ def write_lines(path, lines):
 
 def download(url, path, size=None, sha256=None):
     """Fetch `url` to `path`, going on from `path`.part if a download was stopped. `path` appears when it is whole and
-    has the size and hash that were published; a file put there by hand is held to them too. Raises UserError."""
+    has the size and hash that were published; a file put there by hand is held to them too. Returns its SHA-256.
+    Raises UserError."""
     part = Path(f"{path}.part")
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        have = part.stat().st_size if part.exists() else 0
-        try:
-            if have == 0 or have != size:
-                request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-                with urllib.request.urlopen(request, timeout=60) as response, open(part, "ab") as file:
-                    if response.status != 206:  # 206: the server goes on where we were; else it starts anew
-                        file.truncate(have := 0)
-                    size = size or have + int(response.headers["Content-Length"])
-                    with tqdm(total=size, initial=have, desc=path.name, unit="B", unit_scale=True, disable=None) as bar:
-                        while block := response.read(1 << 20):
-                            bar.update(file.write(block))
-        except (OSError, http.client.HTTPException) as error:
-            raise UserError(f"{url}: {getattr(error, 'reason', error) or type(error).__name__}; the same command goes on from what is "
-                            f"there. Or fetch it elsewhere and put it at {path}, or try another --source") from None
-        if part.stat().st_size < size:
-            raise UserError(f"{url}: the connection ended after {part.stat().st_size} of {size} bytes; the same command goes on from there")
-        os.replace(part, path)
+    if path.exists():
+        return checked(path, size, sha256)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    have = part.stat().st_size if part.exists() else 0
+    whole = size
+    try:
+        if have == 0 or have != size:
+            request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+            with urllib.request.urlopen(request, timeout=60) as response, open(part, "ab") as file:
+                if response.status != 206:  # 206: the server goes on where we were; else it starts anew
+                    file.truncate(have := 0)
+                length = response.headers["Content-Length"]  # not every server says it
+                whole = size or (have + int(length) if length else None)
+                with tqdm(total=whole, initial=have, desc=path.name, unit="B", unit_scale=True, disable=None) as bar:
+                    while block := response.read(1 << 20):
+                        bar.update(file.write(block))
+    except (OSError, http.client.HTTPException) as error:
+        if have and getattr(error, "code", None) == 416:  # more is there than the server has: what is there can't be right
+            part.unlink()
+            return download(url, path, size, sha256)
+        raise UserError(f"{url}: {getattr(error, 'reason', error) or type(error).__name__}; the same command goes on from what is "
+                        f"there. Or fetch it elsewhere and put it at {path}, or try another --source") from None
+    if whole is not None and part.stat().st_size < whole:
+        raise UserError(f"{url}: the connection ended after {part.stat().st_size} of {whole} bytes; the same command goes on from there")
+    try:
+        found = checked(part, size, sha256)
+    except UserError:
+        part.unlink()
+        raise
+    os.replace(part, path)
+    return found
+
+
+def checked(path, size, sha256):
+    """SHA-256 of a file. Raises UserError if its size or hash, where they are known, are not those."""
     found = (path.stat().st_size, file_sha256(path))
     if size is not None and found[0] != size or sha256 is not None and found[1] != sha256:
         raise UserError(f"{path}: not the file that was published ({found[0]} bytes, SHA-256 {found[1]}; "
-                        f"published: {size} bytes, {sha256}); remove it and try again")
+                        f"published: {size} bytes, {sha256}); remove it, if it is still there, and try again")
     return found[1]
 
 
 def extract(archive, targets):
-    """Unpack the members of a .tar.gz that `targets` maps to paths, each atomically."""
+    """Unpack the members of a .tar.gz that `targets` maps to paths, each atomically. Raises UserError if it can't."""
     left = dict(targets)
     try:
         with tarfile.open(archive) as tar:
@@ -118,7 +135,7 @@ def from_publisher(root, name, targets):
 
 
 def from_hub(root, name, targets):
-    """The same from the hub's datasets: OPUS-100 as parquet, FLORES+ as parquet or JSON lines."""
+    """The same from the hub's datasets: OPUS-100 as parquet, FLORES+ as parquet or JSON lines. Raises UserError."""
     import pyarrow.parquet  # only this source needs it
 
     repository = FLORES_HUB if name == "flores-200" else OPUS_HUB
@@ -148,17 +165,30 @@ def from_hub(root, name, targets):
 
 
 def fetch(root, pairs, flores_codes, source):
-    """Bring the files of OPUS-100 `pairs` and FLORES-200 codes that `root` lacks from `source`: publisher or hub."""
+    """Bring the files of OPUS-100 `pairs` and FLORES-200 codes that `root` lacks from `source`: publisher or hub. What is
+    there is left alone, so a part can come from two sources; sources.json names both. Raises UserError."""
     root, get = Path(root), {"publisher": from_publisher, "hub": from_hub}[source]
     parts = {pair: [f for split in ("train", "dev", "test") for f in opus_files(root, pair, split)] for pair in pairs}
     parts["flores-200"] = [flores_file(root, code, split) for code in flores_codes for split in ("dev", "devtest")]
+    lock = lock_folder(root)
     for name, targets in parts.items():
-        if not all(path.exists() for path in targets):
-            known = {**sources(root), name: get(root, name, targets)}
-            write_atomic(root / "sources.json", json.dumps(known, indent=2) + "\n")
+        missing = [path for path in targets if not path.exists()]
+        if missing:
+            files = [str(path.relative_to(root)) for path in missing]
+            # Written before the files, as "begun", so that a kill in between can't lose where they are from.
+            note(root, name, {"source": source, "files": files, "state": "begun"})
+            note(root, name, {**get(root, name, missing), "files": files})
+    lock.close()
+
+
+def note(root, name, entry):
+    """Put `entry` into sources.json under `name`, in the place of one of the same files, else beside what is there."""
+    known = sources(root)
+    known[name] = [old for old in known.get(name, []) if not set(old["files"]) <= set(entry["files"])] + [entry]
+    write_atomic(root / "sources.json", json.dumps(known, indent=2) + "\n")
 
 
 def sources(root):
-    """What is known of where the corpora are from: {pair or flores-200: {"source": ..., ...}}."""
+    """What is known of where the corpora are from: {pair or flores-200: [{"source": ..., "files": [...], ...}]}."""
     path = Path(root) / "sources.json"
     return read_json(path) if path.exists() else {}

@@ -24,8 +24,6 @@ from torch import nn
 from files import UserError, read_json, run_main, write_atomic
 
 TARGET_MODULES = ("gate_proj", "up_proj", "down_proj")  # section A.1
-
-
 GROUPS = "en,de,is/cs,ru/zh"  # Table 4
 
 
@@ -172,9 +170,9 @@ class CrossLoRA(nn.Module):
         """The content of adapter.json: all that is needed to rebuild the adapter and to refuse a wrong backbone."""
         return {
             "variant": self.variant, "languages": self.languages, "rank": self.rank, "alpha": self.alpha,
-            "groups": self.groups, "top_k": self.top_k if self.learned else None, "dropout": self.dropout, "target_modules": list(TARGET_MODULES), "backbone": str(backbone_name),
-            "backbone_fingerprint": fingerprint, "prompt_format": prompt_format, "tokenizer_sha256": tokenizer_sha256,
-            "seed": seed, "steps": steps,
+            "groups": self.groups, "top_k": self.top_k if self.learned else None, "dropout": self.dropout,
+            "target_modules": list(TARGET_MODULES), "backbone": str(backbone_name), "backbone_fingerprint": fingerprint,
+            "prompt_format": prompt_format, "tokenizer_sha256": tokenizer_sha256, "seed": seed, "steps": steps,
         }
 
 
@@ -262,11 +260,10 @@ def export_peft(folder, src_lang, tgt_lang, out):
 
 
 def router_load(lora, tokens):
-    """How a learned router spread the tokens of the last pass: (B, n) shares, the mean over layers and projections.
-    tokens: (B, T) bool, the positions that count. Rows without any give 0."""
+    """How often a learned router chose each expert in the last pass: (B, n) counts, means over layers and projections.
+    tokens: (B, T) bool, the positions that count."""
     chosen = torch.stack([update.gates > 0 for layer in lora for update in layer.values()]).float().mean(0)  # (B, T, n)
-    picks = (chosen * tokens[..., None]).sum(1)  # (B, T, n) -> (B, n)
-    return picks / picks.sum(-1, keepdim=True).clamp(min=1e-9)
+    return (chosen * tokens[..., None]).sum(1)  # (B, T, n) -> (B, n)
 
 
 def print_counts(rank):
@@ -290,6 +287,8 @@ def main():
     parser.add_argument("--tgt", help="target language code: picks B")
     parser.add_argument("--peft", help="folder to write the plain LoRA adapter to")
     args = parser.parse_args()
+    if args.rank < 1:
+        raise UserError(f"--rank {args.rank}: must be at least 1")
     if args.counts:
         return print_counts(args.rank)
     if not (args.adapter and args.src and args.tgt and args.peft):

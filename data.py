@@ -348,12 +348,13 @@ def main():
             raise UserError(f"{file}: no such file; --data takes OPUS-100 and FLORES-200 as published, --source publisher or hub fetches them")
     files, report = prepare(args.data, languages, args.train_pairs, args.dev_pairs, args.test_pairs, args.pivot_pairs, args.drop,
                             args.max_ratio, args.seed)
-    manifest, _lock = {"sources": sources(args.data), "corpora": report, "files": {}}, claim(out, config)
+    manifest, lock = {"settings": config, "sources": sources(args.data), "corpora": report, "files": {}}, claim(out, config)
     manifest["inputs"] = {str(file.relative_to(args.data)): file_sha256(file) for file in inputs}
     for name, rows in ((f"{name}.jsonl", rows) for name, rows in files.items()):
         write_jsonl(out / name, rows)
         manifest["files"][name] = {"pairs": len(rows), "sha256": file_sha256(out / name)}
     write_atomic(out / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+    lock.close()
     asked = {"stage1": args.train_pairs, "dev": args.dev_pairs, "test": args.test_pairs}
     for lang, count in report.items():
         short = "".join(f"  (asked for {asked[k]} {k})" for k in asked if count[k] < asked[k])

@@ -16,9 +16,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data import LANGUAGES, PIVOT, all_directions, read_jsonl
-from files import UserError, file_sha256, markdown, run_main, write_atomic, write_jsonl
-from generate import add_engine_arguments, check_counts, claim_run, engine_of, init_distributed, language_identifier, translate_jsonl
+from baselines import add_system_argument, engine_of
+from data import LANGUAGES, all_directions, read_jsonl
+from files import UserError, file_sha256, markdown, read_json, run_main, write_atomic, write_jsonl
+from generate import (add_engine_arguments, check_counts, claim_run, init_distributed, language_identifier, translate_jsonl,
+                      translate_via_english)
 from scores import NAMES, comet_scores, load_comet, paired_bootstrap, score
 from tables import averages, compare, curves, direction_table, heat_maps, table_1
 
@@ -48,20 +50,9 @@ def choose(rows, source, wanted):
     return {pair: by_direction[pair] for pair in directions}
 
 
-def translate_via_english(engine, rows, out, batch_size, max_new_tokens, ranks):
-    """Hypotheses of `rows` in two hops, X -> English -> Y, where English is on neither side; the English in between is
-    kept as `pivot`. As ALMA is evaluated (section 4.3). A sentence with several targets is put into English once."""
-    two_hops = [PIVOT not in (row["src_lang"], row["tgt_lang"]) for row in rows]
-    first = {(row["src_lang"], row["src"]): {**row, "tgt_lang": PIVOT} for row, hops in zip(rows, two_hops) if hops}
-    english = translate_jsonl(engine, list(first.values()), out / "english.jsonl", batch_size, max_new_tokens, ranks, "X -> en")
-    pivot = {(row["src_lang"], row["src"]): row["hyp"] for row in english}
-    second = [{**row, "src_lang": PIVOT, "src": pivot[row["src_lang"], row["src"]]} if hops else row for row, hops in zip(rows, two_hops)]
-    done = translate_jsonl(engine, second, out / "from_english.jsonl", batch_size, max_new_tokens, ranks, "en -> Y")
-    return [{**row, **({"pivot": d["src"]} if hops else {}), "hyp": d["hyp"], "finish": d["finish"]} for row, d, hops in zip(rows, done, two_hops)]
-
-
 def against(folder, other, samples):
-    """Markdown: paired bootstrap of two finished evaluations, a line a direction (scores.paired_bootstrap)."""
+    """Markdown: paired bootstrap of two finished evaluations, a line a direction (scores.paired_bootstrap). Raises
+    UserError if they have no direction in common or translated other sentences."""
     ours, theirs = (group(read_jsonl(Path(side) / "hypotheses.jsonl", need=("tgt",), text=("hyp",))) for side in (folder, other))
     shared = [pair for pair in ours if pair in theirs]
     if not shared:
@@ -96,6 +87,7 @@ def main():
     parser.add_argument("--samples", type=int, default=1000, help="resamples of --against")
     parser.add_argument("--curves", nargs="+", metavar="RUN", help="write --out, a PNG, with the training curves of these train.py runs, and stop")
     add_engine_arguments(parser)
+    add_system_argument(parser)
     args = parser.parse_args()
     if args.compare and not args.table:
         raise UserError("--compare goes with --table DIR...")
@@ -107,12 +99,14 @@ def main():
     if args.curves:
         curves(args.curves, args.out)
         return print(args.out)
+    if args.samples < 1:
+        raise UserError(f"--samples {args.samples}: must be at least 1")
     if args.against:
         return print(against(args.out, args.against, args.samples), end="")
     if args.all_directions == (args.directions is not None):
         raise UserError("either --all-directions or --directions de-zh,... is needed")
-    if args.hypotheses and (args.adapter or args.model or args.system):
-        raise UserError("--hypotheses scores what is there; --adapter, --model and --system have no part in it")
+    if args.hypotheses and (args.adapter or args.model or args.system or args.via_english):
+        raise UserError("--hypotheses scores what is there; --adapter, --model, --system and --via-english have no part in it")
     wanted, out, source = args.directions or "all", Path(args.out), args.hypotheses or args.test
     ranks = init_distributed(args.device)
     need = ("src", "tgt") if args.comet or not args.hypotheses else ("tgt",)
@@ -131,38 +125,42 @@ def main():
     identify = language_identifier(LANGUAGES)
     lock = claim_run(out, config, ranks)
     if engine is not None:
-        work = (args.batch_size, args.max_new_tokens, ranks)
-        if via_english:
-            flat = translate_via_english(engine, flat, out, *work)
-        else:
-            flat = translate_jsonl(engine, flat, out / "hypotheses.jsonl", *work, out.name)
+        translate = translate_via_english if via_english else translate_jsonl
+        flat = translate(engine, flat, out / "hypotheses.jsonl", args.batch_size, args.max_new_tokens, ranks, out.name)
         rows = choose(flat, source, wanted)
     if lock is None:
         return  # scoring is the first rank's
-    if via_english or args.hypotheses:
+    if args.hypotheses:
         write_jsonl(out / "hypotheses.jsonl", flat)
-    directions = {}
+    directions, notes = {}, []
     for (src_lang, tgt_lang), part in tqdm(rows.items(), desc="scoring", disable=None):
         directions[f"{src_lang}-{tgt_lang}"] = score(part, tgt_lang, identify)
-    notes = []
+    hypotheses_sha256, comet = file_sha256(out / "hypotheses.jsonl"), None
+    old = read_json(out / "scores.json") if (out / "scores.json").exists() else {}
+    if old.get("comet") and old["hypotheses_sha256"] == hypotheses_sha256 and args.comet in (None, old["comet"]):
+        comet = old["comet"]  # of these very hypotheses: not computed again
+        for name, scores in directions.items():
+            scores["comet"] = old["directions"][name]["comet"]
 
     def save():
-        scores = {"config": config, "averages": averages(directions), "directions": directions, "notes": notes}
+        lines = notes + ([f"COMET: {comet}, times 100"] if comet else [])
+        scores = {"config": config, "averages": averages(directions), "directions": directions, "notes": lines, "comet": comet,
+                  "hypotheses_sha256": hypotheses_sha256}
         write_atomic(out / "scores.json", json.dumps(scores, indent=2, ensure_ascii=False) + "\n")
         write_atomic(out / "table.md", direction_table(scores))
         return scores
 
     save()  # COMET is slow and can fail: what is known by now is kept
-    if args.comet:
+    if args.comet and not comet:
         del engine  # its memory is COMET's now
         try:
             every = iter(comet_scores(load_comet(args.comet), flat))
         except UserError as error:
             notes.append(str(error))
         else:
+            comet = args.comet
             for name, part in rows.items():
                 directions["-".join(name)]["comet"] = sum(next(every) for _ in part) / len(part)
-            notes.append(f"COMET: {args.comet}, times 100")
     scores = save()
     heat_maps(directions, out / "heatmaps")
     print(direction_table(scores))

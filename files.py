@@ -55,8 +55,11 @@ def read_json(path):
 
 
 def file_sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from None
 
 
 def read_lines(path):
@@ -69,6 +72,20 @@ def read_lines(path):
         raise UserError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from None
     lines = text.split("\n")
     return [line.removesuffix("\r") for line in (lines[:-1] if lines[-1] == "" else lines)]
+
+
+def lock_folder(folder):
+    """Make `folder` if needed and lock it until the returned file is closed. Raises UserError if another process has."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "w")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{folder}: another process is at work in it (workers outlive a killed torchrun; end them first)") from None
+    except OSError as error:
+        raise UserError(f"{folder}: {error.strerror or error}") from None
+    return lock
 
 
 def claim(folder, config, write=True):
@@ -88,14 +105,7 @@ def claim(folder, config, write=True):
         raise UserError(f"{folder}: not empty and not a run of this script; choose another --out")
     if not write:
         return None
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "w")
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"{folder}: another process is at work in it (workers outlive a killed torchrun; end them first)") from None
-    except OSError as error:
-        raise UserError(f"{folder}: {error.strerror or error}") from None
+    lock = lock_folder(folder)
     claim(folder, config, write=False)  # again, now that nobody else can write
     if not path.exists():
         write_atomic(path, json.dumps(config, indent=2, ensure_ascii=False) + "\n")

@@ -24,8 +24,8 @@ from tqdm import tqdm
 
 import model as backbone
 from crosslora import load_adapter, read_description
-from data import FORMATS, LANGUAGES, Tokenizer, read_jsonl
-from files import UserError, claim, file_sha256, run_main, write_atomic
+from data import FORMATS, LANGUAGES, PIVOT, Tokenizer, read_jsonl
+from files import UserError, claim, file_sha256, run_main, write_jsonl
 
 DEFAULT_MODEL = "meta-llama/Meta-Llama-3-8B-Instruct"  # section 4.2; Qwen/Qwen2.5-7B-Instruct is the other
 
@@ -71,7 +71,7 @@ def init_distributed(device):
 
 
 def claim_run(folder, config, ranks):
-    """data.claim by the first rank, and its refusal on every rank. Returns the lock, None on the others."""
+    """files.claim by the first rank, and its refusal on every rank. Returns the lock, None on the others."""
     lock, refusal = None, [None]
     if ranks.rank == 0:
         try:
@@ -223,11 +223,33 @@ def translate_jsonl(engine, rows, out, batch_size, max_new_tokens, ranks, desc):
             parts = list(out.parent.glob(f"{stem}-*"))
             done = {i: row for p in parts for i, row in read_part(p)[0].items()}
             merged = [{**row, "hyp": done[i]["hyp"], "finish": done[i]["finish"]} for i, row in enumerate(rows)]
-            write_atomic(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in merged))
+            write_jsonl(out, merged)
             for p in parts:
                 p.unlink()
     ranks.barrier()
     return [json.loads(line) for line in out.read_text(encoding="utf-8").split("\n") if line]
+
+
+def translate_via_english(engine, rows, out, *work):
+    """As translate_jsonl, but in two hops, X -> English -> Y, where English is on neither side; the English in between
+    is kept as `pivot`, and an output is cut off if either hop was. As ALMA is evaluated (section 4.3). A sentence with
+    several targets is put into English once. `work`: translate_jsonl's other arguments."""
+    out, ranks = Path(out), work[2]
+    two_hops = [PIVOT not in (row["src_lang"], row["tgt_lang"]) for row in rows]
+    first = {(row["src_lang"], row["src"]): {**row, "tgt_lang": PIVOT} for row, hops in zip(rows, two_hops) if hops}
+    english = translate_jsonl(engine, list(first.values()), out.with_name(f"{out.stem}.to_english.jsonl"), *work)
+    pivot = {(row["src_lang"], row["src"]): row for row in english}
+    second = [{**row, "src_lang": PIVOT, "src": pivot[row["src_lang"], row["src"]]["hyp"]} if hops else row for row, hops in zip(rows, two_hops)]
+    done = translate_jsonl(engine, second, out.with_name(f"{out.stem}.from_english.jsonl"), *work)
+    result = []
+    for row, last, hops in zip(rows, done, two_hops):
+        middle = pivot[row["src_lang"], row["src"]] if hops else {"finish": "stop"}
+        finish = "length" if "length" in (middle["finish"], last["finish"]) else "stop"
+        result.append({**row, **({"pivot": middle["hyp"]} if hops else {}), "hyp": last["hyp"], "finish": finish})
+    if ranks.rank == 0:
+        write_jsonl(out, result)
+    ranks.barrier()
+    return result
 
 
 def add_translation_arguments(parser):
@@ -237,23 +259,11 @@ def add_translation_arguments(parser):
 
 
 def add_engine_arguments(parser):
-    """Flags of every script that translates; engine_of() reads them."""
+    """Flags of every script that translates with load_engine()."""
     parser.add_argument("--model", help="backbone: checkpoint folder or hub name; default: the one the adapter was made for")
     parser.add_argument("--adapter", help="adapter folder that train.py wrote; without it the bare backbone translates")
-    parser.add_argument("--system", choices=["nllb", "m2m100", "bigtranslate", "alma"], help="a prior system instead (section 4.3, baselines.py)")
     parser.add_argument("--prompt-format", default="auto", choices=["auto", *FORMATS], help="auto: the adapter's, else the tokenizer's own chat format")
     add_translation_arguments(parser)
-
-
-def engine_of(args):
-    """The Engine, or the baselines.Baseline, that the flags ask for."""
-    if args.system is None:
-        return load_engine(args.model, args.adapter, args.prompt_format, args.device, args.dtype)
-    if args.adapter is not None:
-        raise UserError("--system is a prior system; --adapter has no part in it")
-    from baselines import Baseline  # brings transformers, which nothing else here needs
-
-    return Baseline(args.system, args.model, args.device, args.dtype)
 
 
 def check_output(path):
@@ -299,7 +309,7 @@ def main():
             raise UserError("the text is not UTF-8") from None
         rows = [{"src_lang": args.src, "tgt_lang": args.tgt, "src": line} for line in lines]
     ranks = init_distributed(args.device)
-    engine = engine_of(args)
+    engine = load_engine(args.model, args.adapter, args.prompt_format, args.device, args.dtype)
     for lang in sorted({r[side] for r in rows for side in ("src_lang", "tgt_lang")}):
         if lang not in engine.languages:
             raise UserError(f"{args.adapter}: no expert for {lang!r}; it has {', '.join(engine.languages)}")

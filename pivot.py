@@ -17,9 +17,10 @@ import random
 from collections import Counter
 from pathlib import Path
 
-from data import PIVOT, length_ratio, pair_row, read_jsonl
-from files import UserError, file_sha256, markdown, run_main, write_atomic, write_jsonl
-from generate import add_engine_arguments, check_counts, claim_run, engine_of, init_distributed, language_identifier, translate_jsonl
+from baselines import add_system_argument, engine_of
+from data import PIVOT, length_ratio, pair_row, parse_languages, read_jsonl
+from files import UserError, file_sha256, markdown, read_json, run_main, write_atomic, write_jsonl
+from generate import add_engine_arguments, check_counts, claim_run, init_distributed, language_identifier, translate_jsonl
 
 RULES = ("empty", "cut_off", "off_target", "length_ratio", "duplicate")
 
@@ -53,6 +54,7 @@ def main():
     parser.add_argument("--max-ratio", type=float, default=2.5, help="longer over shorter side in letters, a Chinese character being three; the paper is silent")
     parser.add_argument("--seed", type=int, default=0)
     add_engine_arguments(parser)
+    add_system_argument(parser)
     args = parser.parse_args()
     check_counts(args)
     if args.pairs < 1 or not 0 <= args.dev_share < 1 or args.max_ratio < 1:
@@ -64,10 +66,13 @@ def main():
         pool.setdefault(row["src_lang"], {})[row["src"]] = None
     if not pool:
         raise UserError(f"{source_file}: no sentences in it; data.py --train-pairs must leave some of OPUS-100 to the pivot")
-    engine = engine_of(args)
-    others = [lang for lang in engine.languages if lang != PIVOT]
+    languages = parse_languages(read_json(Path(args.data) / "config.json").get("languages", ""))  # what data.py prepared
+    others = [lang for lang in languages if lang != PIVOT]
     if len(others) < 2:
-        raise UserError(f"{args.adapter or args.system or args.model}: knows {', '.join(engine.languages)}; a pivot needs two languages beside {PIVOT}")
+        raise UserError(f"{args.data}: has {', '.join(languages)}; a pivot needs two languages beside {PIVOT}")
+    engine = engine_of(args)
+    if not set(languages) <= set(engine.languages):
+        raise UserError(f"{args.adapter}: knows {', '.join(engine.languages)}, but {args.data} has {', '.join(languages)}")
     config = {**engine.identity, "pairs": args.pairs, "dev_share": args.dev_share, "max_ratio": args.max_ratio, "seed": args.seed,
               "max_new_tokens": args.max_new_tokens, "source_sha256": file_sha256(source_file)}
     lock = claim_run(out, config, ranks)
@@ -76,7 +81,7 @@ def main():
             print(f"{out}: made already\n" + (out / "report.md").read_text(encoding="utf-8"), end="")
         return
     sources = {lang: random.Random(f"{args.seed} {lang}").sample(list(pool.get(lang, {})), len(pool.get(lang, {}))) for lang in others}
-    identify = language_identifier(engine.languages)
+    identify = language_identifier(languages)
     directions = [(x, y) for x in others for y in others if x != y]
     kept = {d: {} for d in directions}  # target -> pair: a target that comes twice is a duplicate
     counts = {d: Counter() for d in directions}

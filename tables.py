@@ -65,9 +65,15 @@ def direction_table(scores):
 
 
 def audit(paper):
-    """Where the paper's tables disagree with each other, one line each: Table 1 against the averages of Tables 8 and 9,
-    and the notes of docs/paper.json."""
+    """Where the paper's tables disagree, one line each: a row's Average against its two groups of 10 and 20 directions,
+    Table 1 against the averages of Tables 8 and 9, and the notes of docs/paper.json."""
     lines = []
+    for table in ("table1", "table2", "table3", "table6", "table7"):
+        for name, row in paper[table].items():
+            for key in ("bleu", "comet"):
+                mean = (row["english"][key] + 2 * row["non_english"][key]) / 3
+                if abs(mean - row["average"][key]) > 0.0101:  # three figures of two digits each
+                    lines.append(f"{table.replace('table', 'Table ')}, {name}: its groups average to {mean:.2f} {NAMES[key]}, it prints {number(row['average'], key)}.")
     for name, same in paper["same_system"].items():
         means, printed = averages(paper["directions"][name]), paper["table1"][same]
         for key in ("bleu", "comet"):
@@ -117,13 +123,20 @@ def heat_maps(directions, folder):
 
 
 def curves(runs, path):
-    """Training curves of train.py's run folders as one PNG: NLL, KL and learning rate a step, dev loss where it was measured."""
+    """Training curves of train.py's run folders as one PNG: NLL, KL and learning rate a step, dev loss where it was
+    measured. Raises UserError for a folder without them, or a path that can't be such a picture."""
     from matplotlib.figure import Figure
+
+    if Path(path).suffix != ".png" or not Path(path).parent.is_dir():
+        raise UserError(f"--out {path}: --curves writes a .png file into a folder that exists")
 
     figure = Figure(figsize=(15, 4), layout="constrained")
     panels = dict(zip(("nll", "kl", "lr"), figure.subplots(1, 3)))
     for run in runs:
-        rows = [json.loads(line) for line in read_lines(Path(run) / "metrics.jsonl")]
+        try:
+            rows = [json.loads(line) for line in read_lines(Path(run) / "metrics.jsonl")]
+        except ValueError:
+            raise UserError(f"{run}/metrics.jsonl: not JSON lines; is the run being written?") from None
         steps, dev = [row for row in rows if "lr" in row], [row for row in rows if "dev" in row]
         if not steps:
             raise UserError(f"{run}/metrics.jsonl: no steps in it; --curves takes run folders of train.py")

@@ -238,6 +238,8 @@ def main():
     config = {k: v for k, v in vars(args).items() if k not in may_change}
     config.update(languages=languages, prompt_format=tokenizer.format, tokenizer_sha256=tokenizer.sha256,
                   files={f.name: file_sha256(f) for f in files})
+    if args.init_adapter:
+        config["init_adapter_sha256"] = file_sha256(Path(args.init_adapter) / "adapter.safetensors")
     out = Path(args.out)
     claim(out, config, write=False)  # refuse before the long work of encoding and loading
     if (out / "summary.json").exists():
@@ -255,7 +257,7 @@ def main():
     if args.init_adapter:
         start, was = load_adapter(args.init_adapter, model.cfg, fingerprint, tokenizer.sha256)
         now = {"variant": args.adapter_type, "languages": languages, "rank": args.rank, "alpha": args.alpha, "groups": adapter.groups,
-               "prompt_format": tokenizer.format}
+               "top_k": args.top_k if adapter.learned else None, "prompt_format": tokenizer.format}
         differ = [f"{k} was {was[k]!r}, now {v!r}" for k, v in now.items() if was[k] != v]
         if differ:
             raise UserError(f"--init-adapter {args.init_adapter}: made with other settings ({'; '.join(differ)})")
@@ -264,7 +266,8 @@ def main():
 
     steps_per_epoch = math.ceil(len(train) / args.batch_size)
     total = min(args.epochs * steps_per_epoch, args.max_steps or math.inf)
-    summary = {"steps": total, "train_pairs": len(train), "train_dropped": dropped, "dev_pairs": len(dev), "dev_dropped": dev_dropped,
+    parameters = sum(p.numel() for p in adapter.parameters())
+    summary = {"steps": total, "trainable_parameters": parameters, "train_pairs": len(train), "train_dropped": dropped, "dev_pairs": len(dev), "dev_dropped": dev_dropped,
                "backbone_fingerprint": fingerprint, "processes": ranks.world, "micro_batch_size": args.micro_batch_size}
     lock = claim_run(out, config, ranks)
 
@@ -279,7 +282,6 @@ def main():
         step, best, log_bytes = state["step"], state["best"], state["log_bytes"]
         del state
     if chief:
-        parameters = sum(p.numel() for p in adapter.parameters())
         share = parameters / sum(p.numel() for p in model.parameters())
         print(json.dumps({**config, **summary}, ensure_ascii=False))
         print(f"{parameters:,} trainable parameters, {share:.2%} of the backbone; {len(train)} pairs ({dropped} over "

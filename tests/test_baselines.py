@@ -6,10 +6,11 @@ import pytest
 import torch
 
 import baselines
-from baselines import CHINESE_NAMES, Baseline
+from baselines import Baseline
 from conftest import ROOT, inside, read_rows, refuses
 from data import LANGUAGES
 from files import write_jsonl
+from generate import load_engine
 
 sentencepiece = pytest.importorskip("sentencepiece")
 import transformers  # noqa: E402
@@ -43,6 +44,7 @@ def folders(tmp_path_factory):
             config = transformers.M2M100Config(vocab_size=len(tokenizer) + 120, **SIZE, pad_token_id=tokenizer.pad_token_id,
                                                bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, decoder_start_token_id=tokenizer.eos_token_id)
             model = transformers.M2M100ForConditionalGeneration(config)
+            model.model.shared.weight.data[tokenizer.eos_token_id] *= 2  # so that some hypotheses end, at unequal lengths
         else:
             config = transformers.LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
                                               initializer_range=0.3, max_position_embeddings=256)
@@ -70,7 +72,7 @@ def test_encoder_decoders_equal_generate_one_direction_at_a_time(system, folders
         out = model.generate(**tokenizer(row["src"], return_tensors="pt"), forced_bos_token_id=first, num_beams={"nllb": 4, "m2m100": 5}[system], max_new_tokens=13)
         assert hyp == tokenizer.decode(out[0, 2:], skip_special_tokens=True).strip()
         assert finish == ("stop" if (out[0, 2:] == tokenizer.eos_token_id).any() else "length")
-    assert len({hyp for hyp, _ in got}) > 3, got
+    assert len({hyp for hyp, _ in got}) > 3 and {finish for _, finish in got} == {"stop", "length"}, got
 
 
 @pytest.mark.parametrize("system", ["alma", "bigtranslate"])
@@ -83,9 +85,10 @@ def test_decoder_only_systems_get_their_own_prompt(system, folders):
             name = {"en": "English", "de": "German", "is": "Icelandic", "cs": "Czech", "ru": "Russian", "zh": "Chinese"}
             prompt = f"Translate this from {name[s]} to {name[t]}:\n{name[s]}: {row['src']}\n{name[t]}:"
         else:
-            prompt = f"以下是一个描述任务的指令，请写一个完成该指令的适当回复。\n\n### 指令:\n请将以下{CHINESE_NAMES[s]}句子翻译成{CHINESE_NAMES[t]}：{row['src']}\n\n### 回复:"
+            names = {"en": "英语", "de": "德语", "is": "冰岛语", "cs": "捷克语", "ru": "俄语", "zh": "汉语"}
+            prompt = f"以下是一个描述任务的指令，请写一个完成该指令的适当回复。\n\n### 指令:\n请将以下{names[s]}句子翻译成{names[t]}：{row['src']}\n\n### 回复:"
         ids = engine.tokenizer(prompt, return_tensors="pt")
-        out = engine.model.generate(**ids, num_beams=5, do_sample=False, max_new_tokens=12, pad_token_id=engine.tokenizer.pad_token_id)[0, ids.input_ids.shape[1]:]
+        out = engine.model.generate(**ids, num_beams=5, do_sample=False, max_new_tokens=12, no_repeat_ngram_size={"alma": 0, "bigtranslate": 6}[system], pad_token_id=engine.tokenizer.pad_token_id)[0, ids.input_ids.shape[1]:]
         text = engine.tokenizer.decode(out, skip_special_tokens=True).strip()
         assert hyp == text.split("\n")[0].strip()
         assert finish == ("stop" if engine.tokenizer.eos_token_id in out or "\n" in text else "length")
@@ -116,17 +119,33 @@ def test_commands_score_a_system_and_alma_goes_via_english(folders, tmp_path):
 
 def test_pivot_takes_a_system_as_its_translator(folders, tmp_path):
     write_jsonl(tmp_path / "pivot.source.jsonl", [{"src_lang": "de", "tgt_lang": "en", "src": f"Der Hund sieht {i}.", "tgt": "x"} for i in range(3)])
+    (tmp_path / "config.json").write_text(json.dumps({"languages": "en,de,zh"}))  # data.py's: fewer than the system knows
     inside(ROOT / "pivot.py", "--system", "nllb", "--model", folders / "nllb", "--data", tmp_path, "--out", tmp_path / "pseudo", "--pairs", 2, "--max-new-tokens", 6)
     report = json.loads((tmp_path / "pseudo/report.json").read_text())
-    assert report["de-zh"]["generated"] == 3 and json.loads((tmp_path / "pseudo/config.json").read_text())["system"] == "nllb"
+    assert report["de-zh"]["generated"] == 3 and set(report) == {"de-zh", "zh-de"} and json.loads((tmp_path / "pseudo/config.json").read_text())["system"] == "nllb"
+
+
+def test_our_own_engine_via_english(adapter_folder, tmp_path):
+    """Two hops are two translations; what is cut off in the first hop says so."""
+    write_jsonl(tmp_path / "test.jsonl", [ROWS[0], ROWS[1], {**ROWS[0], "tgt_lang": "is"}])
+    inside(ROOT / "evaluate.py", "--directions", "de-zh,en-de,de-is", "--test", tmp_path / "test.jsonl", "--adapter", adapter_folder, "--via-english", "--out",
+           tmp_path / "out", "--max-new-tokens", 5)
+    engine = load_engine(None, adapter_folder, device="cpu")
+    first, _ = engine.translate([{**ROWS[0], "tgt_lang": "en"}], 5)[0]
+    for row in read_rows(tmp_path / "out/hypotheses.jsonl"):
+        hops = row["src_lang"] == "de"
+        source = {**row, "src_lang": "en", "src": first} if hops else row
+        assert row["hyp"] == engine.translate([source], 5)[0][0] and row.get("pivot") == (first if hops else None)
+        assert row["finish"] == "length"
+    assert len(read_rows(tmp_path / "out/hypotheses.to_english.jsonl")) == 1  # de -> en once for both targets
 
 
 def test_bad_input(folders, checkpoint, adapter_folder, tmp_path):
     write_jsonl(tmp_path / "test.jsonl", ROWS)
     base = (ROOT / "baselines.py", "--input", tmp_path / "test.jsonl", "--output", tmp_path / "o.jsonl", "--system")
     refuses(*base, "nllb", "--model", tmp_path / "nowhere", says=["can't be loaded as nllb", "--model"])
-    refuses(ROOT / "evaluate.py", "--all-directions", "--system", "nllb", "--adapter", adapter_folder, "--test", tmp_path / "test.jsonl", "--out", tmp_path / "x",
-            "--directions", "de-zh", says="either --all-directions or --directions")
+    refuses(*base, "m2m100", "--model", folders / "nllb", says=["no '__en__'", "no checkpoint of m2m100"])
+    refuses(*base, "nllb", "--model", folders / "m2m100", says="no checkpoint of nllb")
     refuses(ROOT / "evaluate.py", "--directions", "de-zh", "--system", "nllb", "--adapter", adapter_folder, "--test", tmp_path / "test.jsonl", "--out", tmp_path / "x",
             says="--adapter has no part in it")
     assert set(baselines.SYSTEMS) == {"nllb", "m2m100", "bigtranslate", "alma"}

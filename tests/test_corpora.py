@@ -16,7 +16,7 @@ import corpora
 from conftest import ROOT, read_rows, refuses, run
 from corpora import download, fetch
 from data import LANGUAGES, all_directions, clean, prepare
-from files import UserError, file_sha256
+from files import UserError, file_sha256, lock_folder
 from test_data import corpora as write_corpora
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -56,10 +56,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         length = len(data)
         if "Range" in self.headers and status == 200 and self.server.ranges:
             start = int(self.headers["Range"].removeprefix("bytes=").split("-")[0])
-            status, data, length = 206, data[start:], length - start
-            headers["Content-Range"] = f"bytes {start}-{start + length - 1}/{start + length}"
+            if start >= length:
+                status, data, length = 416, b"", 0
+            else:
+                status, data, length = 206, data[start:], length - start
+                headers["Content-Range"] = f"bytes {start}-{start + length - 1}/{start + length}"
         self.send_response(status)
-        for key, value in {**headers, "Content-Length": str(length)}.items():
+        for key, value in {**headers, **({"Content-Length": str(length)} if self.server.lengths else {})}.items():
             self.send_header(key, value)
         self.end_headers()
         if body:
@@ -69,7 +72,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def server():
     web = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    web.files, web.asked, web.ranges, web.cut = {}, [], True, None
+    web.files, web.asked, web.ranges, web.lengths, web.cut = {}, [], True, True, None
     web.url = f"http://127.0.0.1:{web.server_port}"
     threading.Thread(target=web.serve_forever, daemon=True).start()
     yield web
@@ -111,10 +114,20 @@ def test_a_server_without_ranges_starts_anew(server, tmp_path):
     assert (tmp_path / "a").read_bytes() == server.files["/a"]
 
 
+def test_servers_that_say_no_length_and_parts_that_are_too_long(server, tmp_path):
+    server.files["/a"] = b"x" * 5000
+    (tmp_path / "a.part").write_bytes(b"z" * 6000)  # 416, then anew
+    download(f"{server.url}/a", tmp_path / "a")
+    server.lengths = False
+    download(f"{server.url}/a", tmp_path / "b")
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes() == server.files["/a"]
+
+
 def test_wrong_bytes_and_no_answer(server, tmp_path):
     server.files["/a"] = b"not the archive"
     with pytest.raises(UserError, match=r"not the file that was published \(15 bytes"):
         download(f"{server.url}/a", tmp_path / "a", 15, "0" * 64)
+    assert not list(tmp_path.iterdir())  # it never had the name of a good one
     with pytest.raises(UserError, match="Not Found; the same command goes on .* another --source"):
         download(f"{server.url}/b", tmp_path / "b", 15, "0" * 64)
     with pytest.raises(UserError, match="Connection refused"):
@@ -135,14 +148,25 @@ def test_archives_become_the_published_layout(server, tmp_path, monkeypatch):
     fetch(tmp_path / "got", PAIRS, CODES, "publisher")
     assert texts(tmp_path / "got") == texts(published)
     sources = json.loads((tmp_path / "got/sources.json").read_text())
-    assert sources["de-en"] == {"source": f"{server.url}/de-en.tar.gz", "sha256": known["de-en"][1]} and set(sources) == {*PAIRS, "flores-200"}
+    entry, = sources["de-en"]
+    assert entry == {"source": f"{server.url}/de-en.tar.gz", "sha256": known["de-en"][1], "files": entry["files"]} and len(entry["files"]) == 6
+    assert set(sources) == {*PAIRS, "flores-200"}
     count = len(server.asked)
     fetch(tmp_path / "got", PAIRS, CODES, "publisher")
     assert len(server.asked) == count
+    mine, lost = (corpora.flores_file(tmp_path / "got", code, "dev") for code in CODES[:2])
+    mine.write_text("my own\n")
+    lost.unlink()
+    fetch(tmp_path / "got", PAIRS, CODES, "publisher")
+    assert mine.read_text() == "my own\n" and lost.read_bytes() == texts(published)[str(lost.relative_to(tmp_path / "got"))]
     (tmp_path / "got/de-en.tar.gz").write_bytes(server.files["/de-en.tar.gz"][:300])
     corpora.opus_files(tmp_path / "got", "de-en", "dev")[0].unlink()
     with pytest.raises(UserError, match="not the file that was published"):
         fetch(tmp_path / "got", PAIRS, CODES, "publisher")
+    lock = lock_folder(tmp_path / "got")
+    with pytest.raises(UserError, match="another process is at work"):
+        fetch(tmp_path / "got", PAIRS, CODES, "publisher")
+    lock.close()
     with pytest.raises(UserError, match="can't be unpacked"):
         corpora.extract(tmp_path / "got/de-en.tar.gz", {"x": tmp_path / "x"})
     with pytest.raises(UserError, match="no fr.* in it"):
@@ -192,7 +216,8 @@ def test_the_hub_gives_the_same_corpora_and_the_same_bytes(hub, server, tmp_path
     assert texts(tmp_path / "got") == texts(hub)
     manifests = [json.loads((tmp_path / x / "manifest.json").read_text()) for x in "ab"]
     assert manifests[0]["files"] == manifests[1]["files"] and manifests[0]["inputs"] == manifests[1]["inputs"]
-    assert manifests[1]["sources"]["de-en"] == {"source": f"hub: {corpora.OPUS_HUB}", "revision": COMMIT}
+    entry, = manifests[1]["sources"]["de-en"]
+    assert (entry["source"], entry["revision"]) == (f"hub: {corpora.OPUS_HUB}", COMMIT) and manifests[1]["settings"]["seed"] == 0
     for name, entry in manifests[0]["files"].items():
         assert file_sha256(tmp_path / "a" / name) == entry["sha256"] == file_sha256(tmp_path / "b" / name)
         assert len(read_rows(tmp_path / "a" / name)) == entry["pairs"]

@@ -53,6 +53,7 @@ def source(sentences, tmp_path):
     folder = tmp_path / "data"
     folder.mkdir()
     write_jsonl(folder / "pivot.source.jsonl", rows)
+    (folder / "config.json").write_text(json.dumps({"languages": ",".join(LANGUAGES)}))
     return folder
 
 

@@ -83,6 +83,12 @@ def test_comet_scores_every_row_in_its_place(comet_folder, monkeypatch, tmp_path
         assert comet_scores(model, part)[:2] == pytest.approx(one_by_one, abs=1e-3)
         assert got[direction]["comet"] == pytest.approx(np.mean(comet_scores(model, part)), abs=1e-3)
     assert got["en-de"]["comet"] != got["zh-de"]["comet"]
+    # Scored again without --comet, or when COMET is no longer to be had, the same hypotheses keep theirs.
+    again = (ROOT / "evaluate.py", "--directions", "en-de,zh-de", "--hypotheses", tmp_path / "h.jsonl", "--out", tmp_path / "out")
+    monkeypatch.setattr("scores.load_comet", None)
+    for more in ((), ("--comet", comet_folder)):
+        assert "COMET-22" in inside(*again, *more)
+        assert read_json(tmp_path / "out/scores.json")["directions"] == got
 
 
 def test_a_failing_comet_keeps_the_other_scores(tmp_path):
@@ -141,6 +147,10 @@ def test_the_commands_of_tables_figures_and_comparisons(tmp_path):
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     (run / "metrics.jsonl").write_text("")
     refuses(ROOT / "evaluate.py", "--curves", run, "--out", tmp_path / "curves.png", says="no steps in it")
+    (run / "metrics.jsonl").write_text('{"step": 1')
+    refuses(ROOT / "evaluate.py", "--curves", run, "--out", tmp_path / "curves.png", says="not JSON lines")
+    refuses(ROOT / "evaluate.py", "--curves", run, "--out", tmp_path / "no/c.png", says="a folder that exists")
+    refuses(ROOT / "evaluate.py", "--out", tmp_path / "good", "--against", tmp_path / "bad", "--samples", 0, says="--samples 0")
 
 
 def test_heat_map_has_source_rows_and_target_columns(tmp_path, monkeypatch):
@@ -160,6 +170,7 @@ def test_the_papers_tables_as_an_auditor_reads_them():
     assert all(set(scores) == directions for scores in paper["directions"].values())
     lines = audit(paper)
     wrong = [line for line in lines if "Tables 8 and 9 average" in line]
+    assert lines[0] == "Table 1, BigTranslate-13B: its groups average to 19.97 BLEU, it prints 19.98." and len(lines) == 1 + 2 + len(paper["notes"])
     assert wrong == [
         "CrossLoRA Stage 2: the directions of Tables 8 and 9 average to 29.79 / 22.46 / 24.90 BLEU, Table 1 prints 29.69 / 20.60 / 23.63.",
         "CrossLoRA Stage 2: the directions of Tables 8 and 9 average to 78.74 / 82.13 / 81.00 COMET-22, Table 1 prints 78.74 / 81.94 / 80.88."]

@@ -100,7 +100,7 @@ PAPER = {"crosslora": 169_869_312, "lora": 169_869_312, "groups": 84_934_656, "s
 
 
 def test_counts_are_the_papers():
-    """Llama-3-8B from shapes, by the design and Table 3: 2.08 % and 1.06 % of the whole (with the adapter) and of the backbone."""
+    """Llama-3-8B from shapes, by the design; the share is of the backbone (the paper's 2.08 % lies between that and the share of the whole)."""
     printed = inside(ROOT / "crosslora.py", "--counts")
     llama = printed.split("Qwen2.5-7B")[0]
     for variant, count in PAPER.items():
@@ -131,7 +131,7 @@ def test_router_load_counts_the_tokens_that_matter(lm):
                 for t in range(9):
                     if counted[row, t]:
                         want[row, (update.gates[row, t] > 0).nonzero().flatten()] += 1
-    assert torch.allclose(load[:3], want[:3] / want[:3].sum(-1, keepdim=True), atol=1e-5) and not load[3].any()
+    assert torch.allclose(load * 2 * 3, want, atol=1e-4)  # two layers of three projections
 
 
 @pytest.fixture(scope="module")
