@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from data import LANGUAGES, read_jsonl
-from files import UserError, run_main
+from files import UserError, hub_snapshot, run_main
 from generate import (add_translation_arguments, check_counts, check_output, device_and_dtype, init_distributed, load_engine, translate_jsonl,
                       translate_via_english)
 
@@ -51,10 +51,12 @@ class Baseline:
         self.system, name = SYSTEMS[system], model or SYSTEMS[system].model
         self.via_english = self.system.via_english
         self.device, self.dtype = device_and_dtype(device, dtype)
+        revision = None if Path(name).is_dir() else hub_snapshot(str(name), ["config.json"])[1]  # says in one line what is wrong
+        name = str(name).partition("@")[0] if revision else str(name)
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(name, **({"padding_side": "left"} if self.system.prompt else {}))
+            self.tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, **({"padding_side": "left"} if self.system.prompt else {}))
             kind = AutoModelForCausalLM if self.system.prompt else AutoModelForSeq2SeqLM
-            self.model = kind.from_pretrained(name, dtype=self.dtype).to(self.device).eval()
+            self.model = kind.from_pretrained(name, revision=revision, dtype=self.dtype).to(self.device).eval()
         except Exception as error:  # of the hub, a missing file or a wrong architecture
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UserError(f"{name}: can't be loaded as {system} ({reason}); pass --model with a folder that holds it") from None
@@ -66,8 +68,7 @@ class Baseline:
             except KeyError as missing:
                 raise UserError(f"{name}: its tokenizer has no {missing}; it is no checkpoint of {system}") from None
         self.languages = list(LANGUAGES)
-        revision = getattr(self.model.config, "_commit_hash", None)
-        self.identity = {"system": system, "model": str(name), "revision": revision, "beams": self.system.beams, "dtype": str(self.dtype).removeprefix("torch.")}
+        self.identity = {"system": system, "model": name, "revision": revision, "beams": self.system.beams, "dtype": str(self.dtype).removeprefix("torch.")}
 
     def language_token(self, lang):
         """Id of a language's token. Raises KeyError if the tokenizer has none."""

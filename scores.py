@@ -16,7 +16,7 @@ from sacrebleu.significance import PairedTest
 from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
 from data import LANGUAGES
-from files import UserError
+from files import UserError, hub_snapshot
 
 KEYS = ("bleu", "chrf", "rouge_l", "comet", "off_target", "off_target_ref", "cut_off", "empty")
 NAMES = {"bleu": "BLEU", "chrf": "chrF++", "rouge_l": "ROUGE-L", "comet": "COMET-22", "off_target": "off-target %",
@@ -60,15 +60,13 @@ def score(rows, tgt_lang, identify):
 def load_comet(name):
     """The COMET model `name`: a hub name such as Unbabel/wmt22-comet-da, or a local folder or checkpoint file, which is
     read without any network. Raises UserError that says why it can't be had."""
+    local = Path(name).exists()
+    folder = Path(name) if local else hub_snapshot(name, ["checkpoints/*", "hparams.yaml"])[0]
+    checkpoint = folder if folder.is_file() else next(iter(sorted(folder.glob("**/*.ckpt"))), folder / "checkpoints/model.ckpt")
     try:
-        from comet import download_model, load_from_checkpoint  # slow to import
+        from comet import load_from_checkpoint  # slow to import
 
-        path = Path(name)
-        if path.is_dir():
-            path = next(iter(sorted(path.glob("**/*.ckpt"))), path / "checkpoints/model.ckpt")
-        elif not path.exists():
-            path = Path(download_model(name))
-        return load_from_checkpoint(str(path), local_files_only=Path(name).exists())
+        return load_from_checkpoint(str(checkpoint), local_files_only=local)
     except Exception as error:  # of comet, lightning, transformers or the hub
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"--comet {name}: can't be loaded ({type(error).__name__}: {reason})") from None

@@ -143,7 +143,9 @@ def test_our_own_engine_via_english(adapter_folder, tmp_path):
 def test_bad_input(folders, checkpoint, adapter_folder, tmp_path):
     write_jsonl(tmp_path / "test.jsonl", ROWS)
     base = (ROOT / "baselines.py", "--input", tmp_path / "test.jsonl", "--output", tmp_path / "o.jsonl", "--system")
-    refuses(*base, "nllb", "--model", tmp_path / "nowhere", says=["can't be loaded as nllb", "--model"])
+    refuses(*base, "nllb", "--model", tmp_path / "nowhere", says="the hub did not give it")
+    (tmp_path / "empty").mkdir()
+    refuses(*base, "nllb", "--model", tmp_path / "empty", says=["can't be loaded as nllb", "--model"])
     refuses(*base, "m2m100", "--model", folders / "nllb", says=["no '__en__'", "no checkpoint of m2m100"])
     refuses(*base, "nllb", "--model", folders / "m2m100", says="no checkpoint of nllb")
     refuses(ROOT / "evaluate.py", "--directions", "de-zh", "--system", "nllb", "--adapter", adapter_folder, "--test", tmp_path / "test.jsonl", "--out", tmp_path / "x",
