@@ -1,0 +1,148 @@
+"""What both benches share: sizes, random weights that ours and the peer load, sentences, repeats, the report."""
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import transformers
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "examples/tiny")]
+from data import LANGUAGES, PIVOT, read_flores, read_opus  # noqa: E402
+
+SIZES = {  # S; M: Qwen2.5-0.5B's shape; L: Llama-3-8B's
+    "S": dict(kind="llama", tokenizer="llama2", vocab_size=32000, hidden_size=512, intermediate_size=1408, num_hidden_layers=8, num_attention_heads=8,
+              num_key_value_heads=4, tie_word_embeddings=False),
+    "M": dict(kind="qwen2", tokenizer="qwen2.5", vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
+              num_key_value_heads=2, tie_word_embeddings=True),
+    "L": dict(kind="llama", tokenizer="llama3", vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+              num_key_value_heads=8, tie_word_embeddings=False),
+}
+
+
+def make_checkpoint(size, folder, shared, dtype=torch.float32):
+    """A random checkpoint of a size, saved by transformers, with the real tokenizer of its family, or the toy world's
+    where `shared` has none. Returns the peer's model class."""
+    shape = dict(SIZES[size])
+    kind, tokenizer = shape.pop("kind"), shape.pop("tokenizer")
+    config_class, model_class = {"llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM), "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM)}[kind]
+    if not (folder / "config.json").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        real = Path(shared) / "tokenizers" / tokenizer
+        if (real / "tokenizer.json").exists():
+            raw = json.loads((real / "tokenizer.json").read_text(encoding="utf-8"))
+            raw["added_tokens"] = [token for token in raw["added_tokens"] if token["id"] < shape["vocab_size"]]
+            (folder / "tokenizer.json").write_text(json.dumps(raw), encoding="utf-8")
+            ids = json.loads((real / "config.json").read_text())
+            special = {k: ids.get(k) for k in ("bos_token_id", "eos_token_id")}
+        else:
+            from pretrain import config_of, train_tokenizer
+            toy = train_tokenizer([t for pair in toy_pairs(2000) for t in pair[2:]], 4000)
+            toy.save(str(folder / "tokenizer.json"))
+            special = {k: config_of(toy, 32, 1)[k] for k in ("bos_token_id", "eos_token_id")}
+        torch.manual_seed(0)
+        config = config_class(**shape, **special, max_position_embeddings=2048, rope_theta=500000.0, initializer_range=0.02)
+        model_class(config).to(dtype).save_pretrained(folder)
+    return model_class
+
+
+def toy_pairs(count):
+    import random
+
+    from world import meanings, sentence
+    stream, rng, pairs = meanings(random.Random(0)), random.Random(1), []
+    for _ in range(count):
+        meaning, (s, t) = next(stream), rng.sample(list(LANGUAGES), 2)
+        pairs.append((s, t, sentence(meaning, s), sentence(meaning, t)))
+    return pairs
+
+
+def sentence_pairs(shared, count):
+    """(src_lang, tgt_lang, src, tgt) in all 30 directions: real text where it is at hand, else the toy world."""
+    import random
+
+    root, rng = Path(shared) / "data", random.Random(0)
+    if not root.is_dir():
+        return toy_pairs(count), "toy world"
+    pairs = []
+    for lang in list(LANGUAGES)[1:]:
+        for en, x in read_opus(root, lang, "test"):
+            pairs += [(PIVOT, lang, en, x), (lang, PIVOT, x, en)]
+    for row in read_flores(root, list(LANGUAGES), "devtest"):
+        s, t = rng.sample(range(1, 6), 2)
+        pairs.append((list(LANGUAGES)[s], list(LANGUAGES)[t], row[s], row[t]))
+    pairs = [pair for pair in pairs if pair[2].strip() and pair[3].strip()]
+    return rng.sample(pairs, count), "OPUS-100 layout and FLORES-200, real sentences"
+
+
+def matmul_rate(device, dtype):
+    """FLOP/s of a large matrix product here and now."""
+    n = 4096 if device.type == "cuda" else 1536
+    a, b = torch.randn(n, n, device=device, dtype=dtype), torch.randn(n, n, device=device, dtype=dtype)
+    best = 0.0
+    for _ in range(4):
+        started = now(device)
+        for _ in range(3):
+            a @ b
+        best = max(best, 3 * 2 * n**3 / (now(device) - started))
+    return best
+
+
+def now(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def alternate(runs, repeats, device):
+    """Seconds of each named function, run in turn `repeats` times after one warm-up each: {name: [seconds, ...]}."""
+    for run in runs.values():
+        run()
+    times = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            started = now(device)
+            run()
+            times[name].append(now(device) - started)
+    return times
+
+
+def ratios(times, name, ours="ours"):
+    """Median and range of peer / ours over the alternations."""
+    values = [peer / mine for peer, mine in zip(times[name], times[ours])]
+    return {"median": round(statistics.median(values), 3), "min": round(min(values), 3), "max": round(max(values), 3), "n": len(values)}
+
+
+def machine(device):
+    name = torch.cuda.get_device_name() if device.type == "cuda" else next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if "model name" in line), platform.machine())
+    return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__, "transformers": transformers.__version__,
+            "allocator": {k: os.environ[k] for k in ("LD_PRELOAD", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_", "PYTORCH_CUDA_ALLOC_CONF") if k in os.environ} or "default",
+            "date": time.strftime("%Y-%m-%d")}
+
+
+def peak_bytes(function, device):
+    """Peak memory that one call of `function` needs beyond what is there, in a process that has not called it before."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        return torch.cuda.max_memory_allocated() - before
+    status = lambda key: int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith(key))) * 1024
+    open("/proc/self/clear_refs", "w").write("5")  # the peak counts from here (Linux)
+    before = status("VmRSS")
+    function()
+    return status("VmHWM") - before
+
+
+def peak_in_a_fresh_process(name):
+    """The same for the run `name` of this very command, in a process of its own: heaps that earlier runs grew don't hide it."""
+    done = subprocess.run([sys.executable, *sys.argv, "--peak", name], capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(done.stderr)
+    return int(done.stdout.split()[-1])

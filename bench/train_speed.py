@@ -1,0 +1,138 @@
+"""Training speed and memory against transformers + peft: the same weights, sentences and semantics, run in turn.
+
+    python bench/train_speed.py --size S [--repeats 7] [--threads 2] [--out bench/results/train_S.json]
+
+Ours: train.py's own `backward` on an effective batch of 32 pairs in mixed directions, R-Drop on. The usual peer: peft's LoRA
+of rank 16 on the same projections (one direction for all, which favours it), the R-Drop repository's form (batch doubled,
+logits for every position, two log-softmaxes), micro-batches of 4 in random order, padded to the longest. The tuned peer:
+logits on target positions only, rows sorted by length, micro-batches of --micro-batch-size like ours. Prints one JSON line.
+"""
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import peft
+import torch
+import torch.nn.functional as F
+
+from common import ROOT, SIZES, alternate, machine, make_checkpoint, matmul_rate, peak_bytes, peak_in_a_fresh_process, ratios, sentence_pairs
+
+import model as backbone
+from crosslora import TARGET_MODULES, CrossLoRA
+from data import IGNORE, LANGUAGES, Tokenizer, collate, encode, target_count
+from generate import Ranks, device_and_dtype
+from train import backward
+
+
+def peer_backward(model, examples, micro_batch_size, tuned, alpha, device):
+    """Gradients of eq. 9 for an effective batch as the usual stack computes them. Returns the summed [nll, kl]."""
+    M = sum(target_count(e) for e in examples)
+    rows = sorted(examples, key=lambda e: len(e.ids)) if tuned else examples
+    sums = torch.zeros(2, device=device)
+    for start in range(0, len(rows), micro_batch_size):
+        tokens, labels = (t.to(device) for t in collate(rows[start : start + micro_batch_size]))
+        at = labels != IGNORE
+        mask = torch.arange(tokens.shape[1], device=device) < torch.tensor([len(e.ids) - 1 for e in rows[start : start + micro_batch_size]], device=device)[:, None]
+        if tuned:
+            hidden = model.base_model.model.model(input_ids=tokens.repeat(2, 1), attention_mask=mask.repeat(2, 1).long(), use_cache=False).last_hidden_state
+            first, second = (model.base_model.model.lm_head(h[at]) for h in hidden.chunk(2))
+            targets = labels[at]
+        else:
+            first, second = model(input_ids=tokens.repeat(2, 1), attention_mask=mask.repeat(2, 1).long(), use_cache=False).logits.chunk(2)
+            first, second, targets = first.flatten(0, 1), second.flatten(0, 1), labels.flatten()
+        nll = (F.cross_entropy(first.float(), targets, ignore_index=IGNORE, reduction="sum") + F.cross_entropy(second.float(), targets, ignore_index=IGNORE, reduction="sum")) / 2
+        p, q = F.log_softmax(first.float(), -1), F.log_softmax(second.float(), -1)
+        kl = (F.kl_div(p, q, reduction="none", log_target=True) + F.kl_div(q, p, reduction="none", log_target=True)).sum(-1)
+        kl = kl[targets != IGNORE].sum() / 2
+        ((nll + alpha * kl) / M).backward()
+        sums += torch.stack((nll.detach(), kl.detach()))
+    return sums
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="S", choices=list(SIZES))
+    parser.add_argument("--shared", default=str(ROOT.parent / "shared"), help="folder with real tokenizers and text; the toy world without it")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--micro-batch-size", type=int, default=8, help="of ours and of the tuned peer")
+    parser.add_argument("--work", default=str(Path(tempfile.gettempdir()) / "crosslora-bench"), help="folder for the random checkpoint")
+    parser.add_argument("--out", help="also write the JSON here")
+    parser.add_argument("--peak", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    device, dtype = device_and_dtype("auto")
+    folder = Path(args.work) / args.size
+    model_class = make_checkpoint(args.size, folder, args.shared)
+    lm = backbone.load(folder, device, dtype)
+    tokenizer = Tokenizer(folder, lm.cfg, "plain" if args.size == "S" else "auto")
+    pairs, source = sentence_pairs(args.shared, 32)
+    rows = [dict(zip(("src_lang", "tgt_lang", "src", "tgt"), pair)) for pair in pairs]
+    examples, _ = encode(tokenizer, rows)
+
+    adapter = CrossLoRA(lm.cfg, list(LANGUAGES)).to(device)
+    for name, p in adapter.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.01)  # at B = 0 both passes are equal and the KL has nothing to compute
+    peer = peft.get_peft_model(model_class.from_pretrained(folder, dtype=dtype).to(device), peft.LoraConfig(r=16, lora_alpha=64, lora_dropout=0.1, target_modules=list(TARGET_MODULES)))
+    with torch.no_grad():
+        for i, layer in enumerate(peer.base_model.model.model.layers):
+            for name in TARGET_MODULES:
+                getattr(layer.mlp, name).lora_A["default"].weight.copy_(adapter.layers[i][name].lora_A["de"])
+                getattr(layer.mlp, name).lora_B["default"].weight.copy_(adapter.layers[i][name].lora_B["zh"])
+    settings = SimpleNamespace(micro_batch_size=args.micro_batch_size, rdrop_alpha=0.1, normalize="tokens")
+
+    def ours(batch=examples):
+        adapter.zero_grad(set_to_none=True)
+        return backward(lm, adapter, batch, settings, Ranks(0, 1), dtype)
+
+    def theirs(tuned, micro):
+        def step():
+            peer.zero_grad(set_to_none=True)
+            return peer_backward(peer, examples, micro, tuned, 0.1, device)
+        return step
+
+    runs = {"ours": ours, "usual": theirs(False, 4), "tuned": theirs(True, args.micro_batch_size)}
+    if args.peak:
+        return print(peak_bytes(runs[args.peak], device))
+
+    # Agreement first: dropout off, all rows in the one direction that the peer has.
+    one_way = [e._replace(src_lang="de", tgt_lang="zh") for e in examples]
+    adapter.dropout, agree = 0.0, {}
+    peer.eval()
+    mine = ours(one_way)
+    for name, step in (("usual", theirs(False, 4)), ("tuned", theirs(True, args.micro_batch_size))):
+        other = step()
+        worst = abs(mine[0] / other[0] - 1).item()
+        for i, layer in enumerate(peer.base_model.model.model.layers):
+            for module in TARGET_MODULES:
+                bank, lora = adapter.layers[i][module], getattr(layer.mlp, module)
+                for a, b in ((bank.lora_A["de"].grad, lora.lora_A["default"].weight.grad), (bank.lora_B["zh"].grad, lora.lora_B["default"].weight.grad)):
+                    worst = max(worst, ((a - b).norm() / b.norm()).item())
+        agree[name] = worst
+        assert dtype != torch.float32 or worst < 1e-4, f"{name} peer disagrees: {worst}"
+    adapter.dropout = 0.1
+    peer.train()
+
+    peaks = {name: peak_in_a_fresh_process(name) if device.type == "cpu" else peak_bytes(run, device) for name, run in runs.items()}
+    times = alternate(runs, args.repeats, device)
+    rate = matmul_rate(device, dtype)
+    tokens, targets = sum(len(e.ids) - 1 for e in examples), sum(target_count(e) for e in examples)
+    layer_weights = sum(p.numel() for name, p in lm.named_parameters() if name.startswith("model.layers"))
+    flops = 2 * 4 * (tokens * layer_weights + targets * lm.cfg.vocab_size * lm.cfg.hidden_size)  # two passes, 4 a weight and token
+    median = lambda name: sorted(times[name])[len(times[name]) // 2]
+    result = {"bench": "train", "size": args.size, "sentences": source, "pairs": len(examples), "tokens": tokens, "targets": targets, "micro_batch_size": args.micro_batch_size,
+              "tokens_per_s": {name: round(tokens / median(name), 1) for name in runs}, "ratio_usual": ratios(times, "usual"), "ratio_tuned": ratios(times, "tuned"),
+              "peak_mib": {name: round(peak / 2**20) for name, peak in peaks.items()}, "utilisation": round(flops / median("ours") / rate, 3),
+              "matmul_gflops": round(rate / 1e9, 1), "agreement": agree, "machine": machine(device)}
+    print(json.dumps(result))
+    if args.out:
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
