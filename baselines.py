@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from data import LANGUAGES, read_jsonl
-from files import UserError, hub_snapshot, run_main
+from files import UserError, hub_snapshot, reason, run_main
 from generate import (add_translation_arguments, check_counts, check_output, device_and_dtype, init_distributed, load_engine, translate_jsonl,
                       translate_via_english)
 
@@ -58,8 +58,7 @@ class Baseline:
             kind = AutoModelForCausalLM if self.system.prompt else AutoModelForSeq2SeqLM
             self.model = kind.from_pretrained(name, revision=revision, dtype=self.dtype).to(self.device).eval()
         except Exception as error:  # of the hub, a missing file or a wrong architecture
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise UserError(f"{name}: can't be loaded as {system} ({reason}); pass --model with a folder that holds it") from None
+            raise UserError(f"{name}: can't be loaded as {system} ({reason(error)}); pass --model with a folder that holds it") from None
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         if self.system.prompt is None:

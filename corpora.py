@@ -135,43 +135,62 @@ def from_publisher(root, name, targets):
 
 
 def from_hub(root, name, targets):
-    """The same from the hub's datasets: OPUS-100 as parquet, FLORES+ as parquet or JSON lines. Raises UserError."""
-    import pyarrow.parquet  # only this source needs it
-
-    repository = FLORES_HUB if name == "flores-200" else OPUS_HUB
-    plus = lambda path: f"{path.parent.name}/{FLORES_PLUS.get(path.stem, path.stem)}"
-    patterns = [f"{name}/*.parquet"] if name != "flores-200" else [f"{plus(p)}.{kind}" for p in targets for kind in ("parquet", "jsonl")]
-    folder, commit = hub_snapshot(repository, patterns, repo_type="dataset")
-    columns = {}
-    for path in targets:
-        if name == "flores-200":
-            files = sorted(folder.glob(plus(path) + ".*"))[:1]
-        else:
-            split, lang = path.stem.rpartition("-")[2], path.suffix[1:]
-            files = sorted(folder.glob(f"{name}/{ {'dev': 'validation'}.get(split, split)}-*.parquet"))
-        if not files:
-            raise UserError(f"{repository}: no {path.name} in it as we know its layout; try another --source")
-        if files[0].suffix == ".jsonl":
-            rows = [json.loads(line) for line in read_lines(files[0])]
-        else:
-            rows = pyarrow.parquet.read_table(files).to_pylist()
-        if name == "flores-200":
-            columns[path] = [row["text"] for row in sorted(rows, key=lambda row: row["id"])]
-        else:
-            columns[path] = [row["translation"][lang] for row in rows]
+    """The same from the hub's datasets, OPUS-100 and FLORES+. Raises UserError."""
+    repository, read = (FLORES_HUB, flores_plus) if name == "flores-200" else (OPUS_HUB, opus_parquet)
+    commit, columns = read(repository, name, targets)
     for path, lines in columns.items():
         write_lines(path, lines)
     return {"source": f"hub: {repository}", "revision": commit}
+
+
+def opus_parquet(repository, pair, targets):
+    """(commit, {path: sentences}) of OPUS-100 files: a parquet file or several a split, a row a pair."""
+    folder, commit = hub_snapshot(repository, [f"{pair}/*.parquet"], repo_type="dataset")
+    columns = {}
+    for split, published in (("train", "train"), ("dev", "validation"), ("test", "test")):
+        wanted = [path for path in targets if path.stem.endswith(f"-{split}")]
+        if wanted:
+            rows = read_parquet(repository, wanted[0], sorted(folder.glob(f"{pair}/{published}-*.parquet")))
+            columns.update((path, [row["translation"][path.suffix[1:]] for row in rows]) for path in wanted)
+    return commit, columns
+
+
+def flores_plus(repository, _, targets):
+    """(commit, {path: sentences}) of FLORES+ files: parquet or JSON lines, a file a language and split."""
+    stems = {path: f"{path.parent.name}/{FLORES_PLUS.get(path.stem, path.stem)}" for path in targets}
+    folder, commit = hub_snapshot(repository, [f"{stem}.{kind}" for stem in stems.values() for kind in ("parquet", "jsonl")], repo_type="dataset")
+    columns = {}
+    for path, stem in stems.items():
+        json_lines = folder / f"{stem}.jsonl"
+        if json_lines.exists():
+            rows = [json.loads(line) for line in read_lines(json_lines)]
+        else:
+            rows = read_parquet(repository, path, sorted(folder.glob(f"{stem}.parquet")))
+        columns[path] = [row["text"] for row in sorted(rows, key=lambda row: row["id"])]
+    return commit, columns
+
+
+def read_parquet(repository, path, files):
+    """Rows of parquet files in their order. Raises UserError if there are none to make `path` from."""
+    import pyarrow.parquet  # only the hub needs it
+
+    if not files:
+        raise UserError(f"{repository}: no {path.name} in it as we know its layout; try another --source")
+    return pyarrow.parquet.read_table(files).to_pylist()
+
+
+def all_files(root, pairs, flores_codes):
+    """Every file of OPUS-100 `pairs` and of FLORES-200 codes: {pair or flores-200: [path, ...]}."""
+    parts = {pair: [f for split in ("train", "dev", "test") for f in opus_files(root, pair, split)] for pair in pairs}
+    return {**parts, "flores-200": [flores_file(root, code, split) for code in flores_codes for split in ("dev", "devtest")]}
 
 
 def fetch(root, pairs, flores_codes, source):
     """Bring the files of OPUS-100 `pairs` and FLORES-200 codes that `root` lacks from `source`: publisher or hub. What is
     there is left alone, so a part can come from two sources; sources.json names both. Raises UserError."""
     root, get = Path(root), {"publisher": from_publisher, "hub": from_hub}[source]
-    parts = {pair: [f for split in ("train", "dev", "test") for f in opus_files(root, pair, split)] for pair in pairs}
-    parts["flores-200"] = [flores_file(root, code, split) for code in flores_codes for split in ("dev", "devtest")]
     lock = lock_folder(root)
-    for name, targets in parts.items():
+    for name, targets in all_files(root, pairs, flores_codes).items():
         missing = [path for path in targets if not path.exists()]
         if missing:
             files = [str(path.relative_to(root)) for path in missing]

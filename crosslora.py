@@ -117,7 +117,8 @@ class CrossLoRA(nn.Module):
         top_k matter to `groups` and `molora-topk`. Parameters are fp32 on the CPU."""
         super().__init__()
         self.languages, self.rank, self.alpha, self.dropout, self.variant = list(languages), rank, alpha, dropout, variant
-        self.groups, self.top_k, self.learned = groups if variant == "groups" else None, top_k, variant == "molora-topk"
+        self.learned = variant == "molora-topk"
+        self.groups, self.top_k = groups if variant == "groups" else None, top_k if self.learned else None
         self.group = parse_groups(groups, languages) if variant == "groups" else {code: code for code in languages}
         if self.learned:
             if not 1 <= top_k <= len(languages):
@@ -170,7 +171,7 @@ class CrossLoRA(nn.Module):
         """The content of adapter.json: all that is needed to rebuild the adapter and to refuse a wrong backbone."""
         return {
             "variant": self.variant, "languages": self.languages, "rank": self.rank, "alpha": self.alpha,
-            "groups": self.groups, "top_k": self.top_k if self.learned else None, "dropout": self.dropout,
+            "groups": self.groups, "top_k": self.top_k, "dropout": self.dropout,
             "target_modules": list(TARGET_MODULES), "backbone": str(backbone_name), "backbone_fingerprint": fingerprint,
             "prompt_format": prompt_format, "tokenizer_sha256": tokenizer_sha256, "seed": seed, "steps": steps,
         }
@@ -201,6 +202,12 @@ def read_description(folder):
     return description
 
 
+def described(description, cfg):
+    """A fresh CrossLoRA as an adapter.json describes it, for a backbone of `cfg`'s shape."""
+    return CrossLoRA(cfg, *(description[k] for k in ("languages", "rank", "alpha", "dropout", "variant")),
+                     description["groups"] or GROUPS, description["top_k"] or 1)
+
+
 def read_tensors(path):
     try:
         return load_file(path)
@@ -217,8 +224,7 @@ def load_adapter(folder, cfg, fingerprint, tokenizer_sha256=None):
                         f"{description['backbone_fingerprint']}; this one has {fingerprint})")
     if tokenizer_sha256 not in (None, description["tokenizer_sha256"]):
         raise UserError(f"{folder}: made with another tokenizer.json than the one beside this backbone")
-    adapter = CrossLoRA(cfg, *(description[k] for k in ("languages", "rank", "alpha", "dropout", "variant")),
-                        description["groups"] or GROUPS, description["top_k"] or 1)
+    adapter = described(description, cfg)
     tensors = read_tensors(path)
     expected = {name: tuple(p.shape) for name, p in adapter.state_dict().items()}
     wrong = [f"{n} is missing" for n in expected if n not in tensors] + [f"{n} is not in this adapter" for n in tensors if n not in expected]
@@ -242,7 +248,7 @@ def export_peft(folder, src_lang, tgt_lang, out):
     if description["variant"] == "molora-topk":
         raise UserError(f"{folder}: a learned router is not one LoRA; only adapters with a static router can be exported")
     shape = SimpleNamespace(hidden_size=1, intermediate_size=1, num_hidden_layers=0)
-    adapter = CrossLoRA(shape, *(description[k] for k in ("languages", "rank", "alpha", "dropout", "variant")), description["groups"] or GROUPS)
+    adapter = described(description, shape)  # its routes and ranks; the tensors are read below
     a, b = adapter.route(src_lang, tgt_lang)
     pinned = description["backbone"]  # as model.resolve names it
     repository, revision = pinned.split("@", 1) if "@" in pinned and not Path(pinned).is_absolute() else (pinned, None)

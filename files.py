@@ -12,6 +12,11 @@ class UserError(Exception):
     """Something the user can mend; its text is the one line they read."""
 
 
+def reason(error):
+    """The first line of a library's error, or its type where it says nothing."""
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
 def run_main(main):
     """Call `main()`; a UserError becomes one line on stderr and exit status 2, Ctrl-C exit status 130."""
     try:
@@ -123,7 +128,6 @@ def hub_snapshot(name, patterns, repo_type="model"):
     try:
         folder = Path(snapshot_download(repository, repo_type=repo_type, revision=revision or None, allow_patterns=patterns))
     except Exception as error:  # many libraries' errors, one meaning for the user
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         page = f"https://huggingface.co/{'datasets/' if repo_type == 'dataset' else ''}{repository}"
         if isinstance(error, GatedRepoError):
             todo = f"accept its licence at {page}, then `hf auth login`"
@@ -133,5 +137,5 @@ def hub_snapshot(name, patterns, repo_type="model"):
             todo = "no network (or HF_HUB_OFFLINE is set) and not in the hub's cache; fetch it elsewhere and pass the local folder"
         else:
             todo = f"check the name, the revision and {page}, or pass a local folder"
-        raise UserError(f"{name}: the hub did not give it ({reason}); {todo}") from None
+        raise UserError(f"{name}: the hub did not give it ({reason(error)}); {todo}") from None
     return folder, folder.name  # the cache names a snapshot's folder by its commit

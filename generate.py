@@ -230,11 +230,11 @@ def translate_jsonl(engine, rows, out, batch_size, max_new_tokens, ranks, desc):
     return [json.loads(line) for line in out.read_text(encoding="utf-8").split("\n") if line]
 
 
-def translate_via_english(engine, rows, out, *work):
+def translate_via_english(engine, rows, out, batch_size, max_new_tokens, ranks, desc):
     """As translate_jsonl, but in two hops, X -> English -> Y, where English is on neither side; the English in between
     is kept as `pivot`, and an output is cut off if either hop was. As ALMA is evaluated (section 4.3). A sentence with
-    several targets is put into English once. `work`: translate_jsonl's other arguments."""
-    out, ranks = Path(out), work[2]
+    several targets is put into English once."""
+    out, work = Path(out), (batch_size, max_new_tokens, ranks, desc)
     two_hops = [PIVOT not in (row["src_lang"], row["tgt_lang"]) for row in rows]
     first = {(row["src_lang"], row["src"]): {**row, "tgt_lang": PIVOT} for row, hops in zip(rows, two_hops) if hops}
     english = translate_jsonl(engine, list(first.values()), out.with_name(f"{out.stem}.to_english.jsonl"), *work)

@@ -4,7 +4,6 @@ Every metric is a library's; this file states how it is called. Higher is better
 rates. All are percentages.
 """
 
-import os
 import sys
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from sacrebleu.significance import PairedTest
 from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
 from data import LANGUAGES
-from files import UserError, hub_snapshot
+from files import UserError, hub_snapshot, reason
 
 KEYS = ("bleu", "chrf", "rouge_l", "comet", "off_target", "off_target_ref", "cut_off", "empty")
 NAMES = {"bleu": "BLEU", "chrf": "chrF++", "rouge_l": "ROUGE-L", "comet": "COMET-22", "off_target": "off-target %",
@@ -68,8 +67,7 @@ def load_comet(name):
 
         return load_from_checkpoint(str(checkpoint), local_files_only=local)
     except Exception as error:  # of comet, lightning, transformers or the hub
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"--comet {name}: can't be loaded ({type(error).__name__}: {reason})") from None
+        raise UserError(f"--comet {name}: can't be loaded ({type(error).__name__}: {reason(error)})") from None
 
 
 def comet_scores(model, rows, batch_size=32):
@@ -81,14 +79,13 @@ def comet_scores(model, rows, batch_size=32):
 
 
 def paired_bootstrap(ours, theirs, tgt_lang, samples=1000):
-    """Two systems' hypotheses of the same rows, resampled `samples` times by sacrebleu (seed 12345, its own): for
+    """Two systems' hypotheses of the same rows, resampled `samples` times by sacrebleu (with its own seed): for
     BLEU and chrF++ {"ours", "theirs"}, the half-widths of their 95 % intervals, and the p-value of the difference. Raises UserError for other references."""
     if len(ours) != len(theirs):
         raise UserError(f"--against: {len(ours)} and {len(theirs)} sentences into {tgt_lang}")
     for a, b in zip(ours, theirs):
         if a["tgt"] != b["tgt"]:
             raise UserError(f"--against: the systems translated other sentences ({a['tgt'][:40]!r} and {b['tgt'][:40]!r})")
-    os.environ.setdefault("SACREBLEU_SEED", "12345")
     metrics = {"BLEU": BLEU(tokenize=LANGUAGES[tgt_lang].bleu, references=[[r["tgt"] for r in ours]]),
                "chrF++": CHRF(word_order=2, references=[[r["tgt"] for r in ours]])}
     systems = [("theirs", [r["hyp"] for r in theirs]), ("ours", [r["hyp"] for r in ours])]

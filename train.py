@@ -97,6 +97,15 @@ def sync_gradients(adapter, sums):
         offset += p.numel()
 
 
+def sum_over_ranks(values, ranks, device):
+    """The sum of every rank's `values`, a CPU tensor; NCCL needs them on the rank's `device` in between."""
+    if ranks.world == 1:
+        return values
+    values = values.to(device)
+    dist.all_reduce(values)
+    return values.cpu()
+
+
 def lr_factor(step, total, warmup_ratio, schedule):
     """Share of the peak learning rate at `step` (from 0): linear warm-up over warmup_ratio * total, then `schedule`."""
     warmup = math.ceil(warmup_ratio * total)
@@ -122,10 +131,7 @@ def evaluate_dev(model, adapter, examples, args, ranks, dtype):
             nll = forward_sums(model, adapter, part, dtype, rdrop=False, dropout=False)[0]
             kl = forward_sums(model, adapter, part, dtype, rdrop=True, dropout=True)[1] if args.rdrop_alpha > 0 else 0.0
             sums[g] += torch.tensor([float(nll), float(kl), sum(target_count(e) for e in part)], dtype=torch.float64)
-    if ranks.world > 1:
-        device_sums = sums.to(model.inv_freq.device)
-        dist.all_reduce(device_sums)
-        sums = device_sums.cpu()
+    sums = sum_over_ranks(sums, ranks, model.inv_freq.device)
 
     def report(row):
         nll, kl = (row[:2] / row[2]).tolist()
@@ -149,10 +155,7 @@ def dev_router_load(model, adapter, examples, args, ranks, dtype):
         for row, example in zip(load, part):
             for side, lang in enumerate((example.src_lang, example.tgt_lang)):
                 totals[side, adapter.languages.index(lang)] += row
-    if ranks.world > 1:
-        device_totals = totals.to(model.inv_freq.device)
-        dist.all_reduce(device_totals)
-        totals = device_totals.cpu()
+    totals = sum_over_ranks(totals, ranks, model.inv_freq.device)
     shares = totals / totals.sum(-1, keepdim=True).clamp(min=1e-9)
     return {side: {lang: [round(x, 4) for x in row.tolist()] for lang, row in zip(adapter.languages, shares[i])} for i, side in enumerate(("src_lang", "tgt_lang"))}
 
@@ -257,7 +260,7 @@ def main():
     if args.init_adapter:
         start, was = load_adapter(args.init_adapter, model.cfg, fingerprint, tokenizer.sha256)
         now = {"variant": args.adapter_type, "languages": languages, "rank": args.rank, "alpha": args.alpha, "groups": adapter.groups,
-               "top_k": args.top_k if adapter.learned else None, "prompt_format": tokenizer.format}
+               "top_k": adapter.top_k, "prompt_format": tokenizer.format}
         differ = [f"{k} was {was[k]!r}, now {v!r}" for k, v in now.items() if was[k] != v]
         if differ:
             raise UserError(f"--init-adapter {args.init_adapter}: made with other settings ({'; '.join(differ)})")
@@ -267,8 +270,8 @@ def main():
     steps_per_epoch = math.ceil(len(train) / args.batch_size)
     total = min(args.epochs * steps_per_epoch, args.max_steps or math.inf)
     parameters = sum(p.numel() for p in adapter.parameters())
-    summary = {"steps": total, "trainable_parameters": parameters, "train_pairs": len(train), "train_dropped": dropped, "dev_pairs": len(dev), "dev_dropped": dev_dropped,
-               "backbone_fingerprint": fingerprint, "processes": ranks.world, "micro_batch_size": args.micro_batch_size}
+    summary = {"steps": total, "trainable_parameters": parameters, "train_pairs": len(train), "train_dropped": dropped,
+               "dev_pairs": len(dev), "dev_dropped": dev_dropped, "backbone_fingerprint": fingerprint, "processes": ranks.world, "micro_batch_size": args.micro_batch_size}
     lock = claim_run(out, config, ranks)
 
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
