@@ -13,10 +13,10 @@ from typing import NamedTuple
 
 import torch
 
-from data import LANGUAGES, read_jsonl
-from files import UserError, hub_snapshot, reason, run_main
-from generate import (add_translation_arguments, check_counts, check_output, device_and_dtype, init_distributed, load_engine, translate_jsonl,
-                      translate_via_english)
+from data import LANGUAGES, PIVOT, read_jsonl
+from devices import device_and_dtype, init_distributed
+from files import UserError, at_least_one, check_output, hub_snapshot, reason, run_main, write_jsonl
+from generate import add_translation_arguments, load_engine, translate_jsonl
 
 ALMA = "Translate this from {src} to {tgt}:\n{src}: {text}\n{tgt}:"
 BIGTRANSLATE = "以下是一个描述任务的指令，请写一个完成该指令的适当回复。\n\n### 指令:\n请将以下{src}句子翻译成{tgt}：{text}\n\n### 回复:"
@@ -42,7 +42,7 @@ SYSTEMS = {
 
 
 class Baseline:
-    """A prior system behind what translate_jsonl needs of an engine: languages, identity, translate."""
+    """A prior system behind what translate_jsonl needs of an engine: languages, identity, translate_each."""
 
     def __init__(self, system, model=None, device="auto", dtype="auto"):
         """system: a key of SYSTEMS; model: a folder or hub name in place of its own. Raises UserError if it can't be had."""
@@ -115,6 +115,34 @@ class Baseline:
             results.append((text, "stop" if ended else "length"))
         return results
 
+    def translate_each(self, rows, max_new_tokens, batch_size):
+        """(index, translation, "stop" | "length") of `rows`, in batches as they come; see generate.translate_each."""
+        for start in range(0, len(rows), batch_size):
+            for i, (text, finish) in enumerate(self.translate(rows[start : start + batch_size], max_new_tokens), start):
+                yield i, text, finish
+
+
+def translate_via_english(engine, rows, out, batch_size, max_new_tokens, ranks, desc):
+    """As translate_jsonl, but in two hops, X -> English -> Y, where English is on neither side; the English in between
+    is kept as `pivot`, and an output is cut off if either hop was. As ALMA is evaluated (section 4.3). A sentence with
+    several targets is put into English once."""
+    out, work = Path(out), (batch_size, max_new_tokens, ranks, desc)
+    two_hops = [PIVOT not in (row["src_lang"], row["tgt_lang"]) for row in rows]
+    first = {(row["src_lang"], row["src"]): {**row, "tgt_lang": PIVOT} for row, hops in zip(rows, two_hops) if hops}
+    english = translate_jsonl(engine, list(first.values()), out.with_name(f"{out.stem}.to_english.jsonl"), *work)
+    pivot = {(row["src_lang"], row["src"]): row for row in english}
+    second = [{**row, "src_lang": PIVOT, "src": pivot[row["src_lang"], row["src"]]["hyp"]} if hops else row for row, hops in zip(rows, two_hops)]
+    done = translate_jsonl(engine, second, out.with_name(f"{out.stem}.from_english.jsonl"), *work)
+    result = []
+    for row, last, hops in zip(rows, done, two_hops):
+        middle = pivot[row["src_lang"], row["src"]] if hops else {"finish": "stop"}
+        finish = "length" if "length" in (middle["finish"], last["finish"]) else "stop"
+        result.append({**row, **({"pivot": middle["hyp"]} if hops else {}), "hyp": last["hyp"], "finish": finish})
+    if ranks.rank == 0:
+        write_jsonl(out, result)
+    ranks.barrier()
+    return result
+
 
 def add_system_argument(parser):
     parser.add_argument("--system", choices=list(SYSTEMS), help="a prior system in place of --adapter or --model (section 4.3)")
@@ -137,7 +165,7 @@ def main():
     parser.add_argument("--output", required=True, help="the same lines with hyp and finish")
     add_translation_arguments(parser)
     args = parser.parse_args()
-    check_counts(args)
+    at_least_one(args, "batch_size", "max_new_tokens")
     check_output(args.output)
     rows = read_jsonl(args.input, need=("src",))
     ranks = init_distributed(args.device)

@@ -8,6 +8,9 @@ import sys
 from pathlib import Path
 
 
+CHECKPOINT = ["config.json", "tokenizer.json", "*.safetensors", "model.safetensors.index.json"]
+
+
 class UserError(Exception):
     """Something the user can mend; its text is the one line they read."""
 
@@ -139,3 +142,30 @@ def hub_snapshot(name, patterns, repo_type="model"):
             todo = f"check the name, the revision and {page}, or pass a local folder"
         raise UserError(f"{name}: the hub did not give it ({reason(error)}); {todo}") from None
     return folder, folder.name  # the cache names a snapshot's folder by its commit
+
+
+def at_least_one(args, *flags):
+    """Raises UserError for a flag below 1; None, a default to be worked out, is let through."""
+    for flag in flags:
+        if getattr(args, flag) is not None and getattr(args, flag) < 1:
+            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be at least 1")
+
+
+def check_output(path):
+    if Path(path).exists():
+        raise UserError(f"{path}: exists already; choose another --output or remove it")
+    if not Path(path).parent.is_dir():
+        raise UserError(f"{path}: its folder does not exist")
+
+
+def resolve(name, files=CHECKPOINT):
+    """(folder of a checkpoint, its pinned name). `name` is a folder, or a hub repository, as `owner/name` or
+    `owner/name@revision`, which is downloaded; the pinned name is the absolute folder, or the repository at the commit
+    that was got, so that what was made with it can be found again. `files` are the patterns to download. Raises
+    UserError if there is neither."""
+    if Path(name).is_dir():
+        return Path(name), str(Path(name).resolve())
+    if Path(name).exists() or name.startswith((".", "/", "~")) or name.partition("@")[0].count("/") != 1:
+        raise UserError(f"{name}: no such folder; --model takes a checkpoint folder or a hub name such as Qwen/Qwen2.5-7B-Instruct")
+    folder, commit = hub_snapshot(name, files)
+    return folder, f"{name.partition('@')[0]}@{commit}"

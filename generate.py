@@ -4,12 +4,11 @@
     python generate.py --adapter runs/stage2/adapter --src de --tgt is < lines.txt
     python generate.py --adapter runs/stage2/adapter --input pairs.jsonl --output translated.jsonl
 
-Also the module by which pivot.py and evaluate.py translate, and where device, precision and process group are
-decided for every script. B batch rows, T tokens, D hidden, V vocabulary.
+Also the module by which pivot.py and evaluate.py translate. B batch rows, T tokens, D hidden, V vocabulary.
 """
 
 import argparse
-import atexit
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -19,87 +18,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import model as backbone
 from crosslora import load_adapter, read_description
-from data import FORMATS, LANGUAGES, PIVOT, Tokenizer, read_jsonl
-from files import UserError, claim, file_sha256, run_main, write_jsonl
+from data import FORMATS, LANGUAGES, Tokenizer, read_jsonl
+from devices import add_device_arguments, device_and_dtype, init_distributed
+from files import UserError, at_least_one, check_output, file_sha256, resolve, run_main, write_jsonl
 
-DEFAULT_MODEL = "meta-llama/Meta-Llama-3-8B-Instruct"  # section 4.2; Qwen/Qwen2.5-7B-Instruct is the other
-
-
-def language_identifier(languages):
-    """langid restricted to `languages` (it is weak on short text, and worse with its other 90 to choose from):
-    a function from text to code."""
-    from langid.langid import LanguageIdentifier, model  # unpacks its model on import
-
-    identifier = LanguageIdentifier.from_modelstring(model)
-    unknown = sorted(set(languages) - set(identifier.nb_classes))
-    if unknown:
-        raise UserError(f"langid does not know {', '.join(unknown)}: off-target output can't be told")
-    identifier.set_languages(list(languages))
-    return lambda text: identifier.classify(text)[0]
-
-
-class Ranks(NamedTuple):
-    """This process among those that torchrun started; (0, 1) under plain python."""
-
-    rank: int
-    world: int
-
-    def barrier(self):
-        if self.world > 1:
-            dist.barrier()
-
-
-def init_distributed(device):
-    """Join the process group that torchrun's environment describes, if any: NCCL on GPUs, gloo on CPUs.
-    `device` is the flag: auto, cpu or cuda. Raises UserError for more processes than GPUs."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world > 1:
-        cuda = device != "cpu" and torch.cuda.is_available()
-        if cuda:
-            local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-            if local > torch.cuda.device_count():
-                raise UserError(f"{local} processes but {torch.cuda.device_count()} GPUs here; start as many as there are, or pass --device cpu")
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if cuda else "gloo")
-        atexit.register(dist.destroy_process_group)
-    return Ranks(int(os.environ.get("RANK", "0")), world)
-
-
-def claim_run(folder, config, ranks):
-    """files.claim by the first rank, and its refusal on every rank. Returns the lock, None on the others."""
-    lock, refusal = None, [None]
-    if ranks.rank == 0:
-        try:
-            lock = claim(folder, config)
-        except UserError as error:
-            refusal = [str(error)]
-    if ranks.world > 1:
-        dist.broadcast_object_list(refusal)
-    if refusal[0]:
-        raise UserError(refusal[0])
-    return lock
-
-
-def device_and_dtype(device, dtype="auto"):
-    """Where and how precisely the backbone computes: bf16 on a GPU and fp32 on a CPU unless `dtype` says otherwise.
-    Adapter parameters, optimizer and loss are fp32 everywhere. `device` is auto, cpu or cuda."""
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: no GPU is visible to torch")
-    if device == "cpu" or not torch.cuda.is_available():
-        where, precision = torch.device("cpu"), torch.float32
-    else:
-        where, precision = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))), torch.bfloat16
-    return where, precision if dtype == "auto" else getattr(torch, dtype)
-
-
-def add_device_arguments(parser):
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
-    parser.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float32"], help="of the backbone; auto: bfloat16 on a GPU, float32 on a CPU")
+PROMPTS = 16  # read together: wide enough for the products, and the memory of a pass stays small
 
 
 class Engine(NamedTuple):
@@ -112,8 +40,8 @@ class Engine(NamedTuple):
     identity: dict  # fingerprint of the backbone, hash of the adapter: what a result depends on
     via_english: bool = False  # translates non-English directions in two hops, see baselines.py
 
-    def translate(self, rows, max_new_tokens):
-        return translate_batch(self, rows, max_new_tokens)
+    def translate_each(self, rows, max_new_tokens, batch_size):
+        return translate_each(self, rows, max_new_tokens, batch_size)
 
 
 def load_engine(model, adapter, prompt_format="auto", device="auto", dtype="auto"):
@@ -128,7 +56,7 @@ def load_engine(model, adapter, prompt_format="auto", device="auto", dtype="auto
         if prompt_format not in ("auto", made_for["prompt_format"]):
             raise UserError(f"--prompt-format {prompt_format}: {adapter} was trained with {made_for['prompt_format']}")
         prompt_format = made_for["prompt_format"]
-    folder, _ = backbone.resolve(model)
+    folder, _ = resolve(model)
     tokenizer = Tokenizer(folder, backbone.Config.load(folder), prompt_format)
     lm = backbone.load(folder, device, dtype)
     identity = {"backbone": lm.fingerprint(), "adapter": None, "prompt_format": tokenizer.format, "dtype": str(dtype).removeprefix("torch.")}
@@ -139,51 +67,102 @@ def load_engine(model, adapter, prompt_format="auto", device="auto", dtype="auto
     return Engine(lm, lora.to(device).eval(), tokenizer, description["languages"], device, dtype, identity)
 
 
-@torch.inference_mode()
-def translate_batch(engine, rows, max_new_tokens):
-    """Greedy translations of `rows` (dicts with src_lang, tgt_lang, src): [(text, "stop" | "length"), ...].
+@dataclasses.dataclass
+class Row:
+    """A sentence in decoding."""
+    key: int  # the caller's
+    prompt: list  # token ids
+    src_lang: str
+    tgt_lang: str
+    room: int  # most new tokens, at least 1
+    out: list = dataclasses.field(default_factory=list)  # new token ids
+    finish: str = ""  # then "stop" or "length"
 
-    Prompts are padded on the right and every row keeps its own positions and limit, so a row's result does not depend
-    on its company. Rows that end leave the batch. "length" marks an output cut off at `max_new_tokens` or at the last
-    position the model has; a sentence that alone fills those gives an empty one.
+
+@torch.inference_mode()
+def decode(lm, adapter, dtype, queue, stop_ids, batch_size):
+    """Greedy continuation of the Rows of `queue`, an iterator, yielded in the order in which they end.
+
+    At most `batch_size` are decoded together. When an eighth of them has ended, waiting ones take their places. Every
+    row keeps its own positions and limit, so its result does not depend on its company.
     """
-    lm, tokenizer, device = engine.model, engine.tokenizer, engine.device
-    prompts = [tokenizer.prompt(r["src_lang"], r["tgt_lang"], r["src"]) for r in rows]
-    room = [min(max_new_tokens, lm.cfg.max_position_embeddings - len(prompt)) for prompt in prompts]
-    outputs, finish = [[] for _ in rows], ["length"] * len(rows)
-    alive = [row for row in range(len(rows)) if room[row] > 0]  # rows of `rows` in the batch, in the batch's order
-    if not alive:
-        return [("", "length")] * len(rows)
-    B, T = len(alive), max(len(prompts[row]) for row in alive)
-    tokens = torch.zeros(B, T, dtype=torch.long)
-    for i, row in enumerate(alive):
-        tokens[i, : len(prompts[row])] = torch.tensor(prompts[row])
-    lora = None
-    if engine.adapter is not None:
-        lora = engine.adapter([rows[row]["src_lang"] for row in alive], [rows[row]["tgt_lang"] for row in alive], engine.dtype)
-    cache = backbone.KVCache(lm.cfg, B, T + max(room), device, engine.dtype)
-    hidden = lm(tokens.to(device), lora, torch.arange(T, device=device).expand(B, T), cache, slots=T)  # (B, T, D)
-    position = torch.tensor([len(prompts[row]) for row in alive], device=device)  # (B,) where each row's next token goes
-    last = hidden[torch.arange(B, device=device), position - 1]  # (B, D)
-    for slots in itertools.count(T + 1):  # room for the longest row's next token; shorter rows' masks hide the rest
-        token = lm.head(last).argmax(-1)  # (B, V) -> (B,)
-        for row, t in zip(alive, token.tolist()):
-            if finish[row] == "length" and len(outputs[row]) < room[row]:
-                if t in tokenizer.stop_ids:
-                    finish[row] = "stop"
-                else:
-                    outputs[row].append(t)
-        going = [i for i, row in enumerate(alive) if finish[row] == "length" and len(outputs[row]) < room[row]]
-        if not going:
-            return [(tokenizer.decode(ids), reason) for ids, reason in zip(outputs, finish)]
-        if len(going) <= 0.8 * len(alive):  # copying the cache pays once a fifth of the rows is done
-            keep = torch.tensor(going, device=device)
-            alive, token, position = [alive[i] for i in going], token[keep], position[keep]
-            cache.select(keep)
-            if lora is not None:
-                lora = [{name: update.select(keep) for name, update in layer.items()} for layer in lora]
-        last = lm(token[:, None], lora, position[:, None], cache, slots)[:, 0]  # (B, 1, D) -> (B, D)
-        position = position + 1
+    device = lm.inv_freq.device
+    rows = list(itertools.islice(queue, batch_size))  # by place in the batch of B; where one has ended the place is free
+    fresh = list(range(len(rows)))  # places whose prompt was not read yet
+    cache, token = backbone.KVCache(lm.cfg, len(rows), 0, device, dtype), torch.zeros(len(rows), dtype=torch.long, device=device)
+
+    def lora_of(rows):
+        return None if adapter is None else adapter.grouped([r.src_lang for r in rows], [r.tgt_lang for r in rows], dtype)
+
+    while rows:
+        for start in range(0, len(fresh), PROMPTS):
+            part = sorted(fresh, key=lambda b: len(rows[b].prompt))[start : start + PROMPTS]
+            lengths = torch.tensor([len(rows[b].prompt) for b in part])
+            prompts = pad_sequence([torch.tensor(rows[b].prompt) for b in part], batch_first=True).to(device)  # (b, T), padded on the right
+            T = prompts.shape[1]
+            short = backbone.KVCache(lm.cfg, len(part), T, device, dtype)
+            hidden = lm(prompts, lora_of([rows[b] for b in part]), cache=short, slots=T)  # (b, T, D)
+            token[part] = lm.head(hidden[range(len(part)), lengths - 1]).argmax(-1)  # (b, V) -> (b,)
+            cache.put(part, short)
+        if fresh:
+            lora = None  # of all rows, once they decode
+        else:
+            lora = lora or lora_of(rows)
+            at = [0 if row.finish else len(row.prompt) + len(row.out) - 1 for row in rows]  # where each row's last token stands
+            hidden = lm(token[:, None], lora, torch.tensor(at, device=device)[:, None], cache, slots=max(at) + 1)  # (B, 1, D)
+            token = lm.head(hidden[:, 0]).argmax(-1)  # (B, V) -> (B,)
+        new = token.tolist()
+        for row, t in [(rows[b], new[b]) for b in fresh or range(len(rows)) if not rows[b].finish]:
+            if t in stop_ids:
+                row.finish = "stop"
+            else:
+                row.out.append(t)
+                row.finish = "length" if len(row.out) == row.room else ""
+            if row.finish:
+                yield row
+        fresh, free = [], [b for b, row in enumerate(rows) if row.finish]
+        if 8 * len(free) >= len(rows):
+            waiting = list(itertools.islice(queue, len(free)))
+            fresh = free[: len(waiting)]
+            for b, row in zip(fresh, waiting):
+                rows[b] = row
+            if not waiting and 5 * len(free) >= len(rows):  # copying the cache pays once a fifth of the rows is done
+                keep = [b for b, row in enumerate(rows) if not row.finish]
+                rows, token, lora = [rows[b] for b in keep], token[keep], None
+                cache.select(keep)
+
+
+def decoding_order(rows):
+    """Indices of `rows`, longest source first: rows in decoding are of similar length, and none is left over at the end."""
+    return sorted(range(len(rows)), key=lambda i: -len(rows[i]["src"]))
+
+
+def translate_each(engine, rows, max_new_tokens, batch_size):
+    """Greedy translations of `rows` (dicts with src_lang, tgt_lang, src): (index, text, "stop" | "length") as they end.
+
+    "length" marks an output cut off at `max_new_tokens` or at the last position the model has; a sentence that alone
+    fills those gives an empty one.
+    """
+    too_long = []
+    def queue():
+        for i in decoding_order(rows):
+            langs = rows[i]["src_lang"], rows[i]["tgt_lang"]
+            prompt = engine.tokenizer.prompt(*langs, rows[i]["src"])
+            room = min(max_new_tokens, engine.model.cfg.max_position_embeddings - len(prompt))
+            if room > 0:
+                yield Row(i, prompt, *langs, room)
+            else:
+                too_long.append(i)
+
+    for row in decode(engine.model, engine.adapter, engine.dtype, queue(), engine.tokenizer.stop_ids, batch_size):
+        yield row.key, engine.tokenizer.decode(row.out), row.finish
+    yield from ((i, "", "length") for i in too_long)
+
+
+def translate_batch(engine, rows, max_new_tokens):
+    """[(text, "stop" | "length"), ...] of `rows`, all decoded together; see translate_each."""
+    done = {i: (text, finish) for i, text, finish in translate_each(engine, rows, max_new_tokens, max(1, len(rows)))}
+    return [done[i] for i in range(len(rows))]
 
 
 def read_part(path):
@@ -194,10 +173,10 @@ def read_part(path):
 
 def translate_jsonl(engine, rows, out, batch_size, max_new_tokens, ranks, desc):
     """Translate `rows` into the JSONL file `out` (each row plus "hyp" and "finish"), and return its rows. `engine` has
-    `translate` and `identity`: an Engine or a baselines.Baseline.
+    `translate_each` and `identity`: an Engine or a baselines.Baseline.
 
-    Batches are cut from the rows sorted by length, longest first, and dealt to the ranks in turn. Finished batches
-    are appended to `out`.part-JOB-RANK, so a stopped run goes on where it was, on any number of ranks; `out` itself
+    Rows are sorted by length, longest first, and dealt to the ranks in turn. Finished ones are appended to
+    `out`.part-JOB-RANK, so a stopped run goes on where it was, on any number of ranks; `out` itself
     appears when it is whole.
     """
     out = Path(out)
@@ -207,17 +186,14 @@ def translate_jsonl(engine, rows, out, batch_size, max_new_tokens, ranks, desc):
         done = {i: row for part in out.parent.glob(f"{stem}-*") for i, row in read_part(part)[0].items()}
         ranks.barrier()  # nobody writes before everybody has read
         order = sorted(range(len(rows)), key=lambda i: (-len(rows[i]["src"]), i))
-        batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-        mine = [b for b in batches if not all(i in done for i in b)][ranks.rank :: ranks.world]
+        mine = [i for i in order if i not in done][ranks.rank :: ranks.world]
         part = out.with_name(f"{stem}-{ranks.rank}")
-        with open(part, "ab") as file, tqdm(total=sum(map(len, mine)), desc=desc, unit="sent", disable=ranks.rank > 0 or None) as bar:
+        with open(part, "ab") as file, tqdm(total=len(mine), desc=desc, unit="sent", disable=ranks.rank > 0 or None) as bar:
             file.truncate(read_part(part)[1])
-            for batch in mine:
-                results = engine.translate([rows[i] for i in batch], max_new_tokens)
-                lines = [{"id": i, "hyp": hyp, "finish": finish} for i, (hyp, finish) in zip(batch, results)]
-                file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
+            for n, hyp, finish in engine.translate_each([rows[i] for i in mine], max_new_tokens, batch_size):
+                file.write((json.dumps({"id": mine[n], "hyp": hyp, "finish": finish}, ensure_ascii=False) + "\n").encode())
                 file.flush()
-                bar.update(len(batch))
+                bar.update()
         ranks.barrier()
         if ranks.rank == 0:
             parts = list(out.parent.glob(f"{stem}-*"))
@@ -230,30 +206,8 @@ def translate_jsonl(engine, rows, out, batch_size, max_new_tokens, ranks, desc):
     return [json.loads(line) for line in out.read_text(encoding="utf-8").split("\n") if line]
 
 
-def translate_via_english(engine, rows, out, batch_size, max_new_tokens, ranks, desc):
-    """As translate_jsonl, but in two hops, X -> English -> Y, where English is on neither side; the English in between
-    is kept as `pivot`, and an output is cut off if either hop was. As ALMA is evaluated (section 4.3). A sentence with
-    several targets is put into English once."""
-    out, work = Path(out), (batch_size, max_new_tokens, ranks, desc)
-    two_hops = [PIVOT not in (row["src_lang"], row["tgt_lang"]) for row in rows]
-    first = {(row["src_lang"], row["src"]): {**row, "tgt_lang": PIVOT} for row, hops in zip(rows, two_hops) if hops}
-    english = translate_jsonl(engine, list(first.values()), out.with_name(f"{out.stem}.to_english.jsonl"), *work)
-    pivot = {(row["src_lang"], row["src"]): row for row in english}
-    second = [{**row, "src_lang": PIVOT, "src": pivot[row["src_lang"], row["src"]]["hyp"]} if hops else row for row, hops in zip(rows, two_hops)]
-    done = translate_jsonl(engine, second, out.with_name(f"{out.stem}.from_english.jsonl"), *work)
-    result = []
-    for row, last, hops in zip(rows, done, two_hops):
-        middle = pivot[row["src_lang"], row["src"]] if hops else {"finish": "stop"}
-        finish = "length" if "length" in (middle["finish"], last["finish"]) else "stop"
-        result.append({**row, **({"pivot": middle["hyp"]} if hops else {}), "hyp": last["hyp"], "finish": finish})
-    if ranks.rank == 0:
-        write_jsonl(out, result)
-    ranks.barrier()
-    return result
-
-
 def add_translation_arguments(parser):
-    parser.add_argument("--batch-size", type=int, default=32, help="sentences decoded together; in fp32 it does not change results")
+    parser.add_argument("--batch-size", type=int, default=128, help="sentences decoded together; in fp32 it does not change results")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="longer outputs are cut off and say so")
     add_device_arguments(parser)
 
@@ -266,19 +220,6 @@ def add_engine_arguments(parser):
     add_translation_arguments(parser)
 
 
-def check_output(path):
-    if Path(path).exists():
-        raise UserError(f"{path}: exists already; choose another --output or remove it")
-    if not Path(path).parent.is_dir():
-        raise UserError(f"{path}: its folder does not exist")
-
-
-def check_counts(args):
-    for flag in ("batch_size", "max_new_tokens"):
-        if getattr(args, flag) < 1:
-            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be at least 1")
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text", nargs="?", help="sentence to translate; without it and without --input, lines of stdin")
@@ -288,7 +229,7 @@ def main():
     parser.add_argument("--output", help="where --input's translations go: the same lines with hyp and finish")
     add_engine_arguments(parser)
     args = parser.parse_args()
-    check_counts(args)
+    at_least_one(args, "batch_size", "max_new_tokens")
     if args.input is not None:
         if args.output is None or args.text is not None or args.src or args.tgt:
             raise UserError("--input goes with --output, and the file's lines name the languages: no text, --src or --tgt")
@@ -317,11 +258,10 @@ def main():
         done = translate_jsonl(engine, rows, args.output, args.batch_size, args.max_new_tokens, ranks, "translating")
     else:
         full = [r for r in rows if r["src"].strip()]  # an empty line stays an empty line
-        results = []
-        for start in tqdm(range(0, len(full), args.batch_size), desc="translating", disable=len(full) <= args.batch_size or None):
-            results += translate_batch(engine, full[start : start + args.batch_size], args.max_new_tokens)
-        found = iter(results)
-        done = [{"finish": "stop", "hyp": ""} if not r["src"].strip() else dict(zip(("hyp", "finish"), next(found))) for r in rows]
+        each = translate_each(engine, full, args.max_new_tokens, args.batch_size)
+        results = {n: {"hyp": hyp, "finish": finish} for n, hyp, finish in tqdm(each, total=len(full), desc="translating", disable=len(full) <= args.batch_size or None)}
+        found = (results[n] for n in range(len(full)))
+        done = [next(found) if r["src"].strip() else {"hyp": "", "finish": "stop"} for r in rows]
         print("\n".join(" ".join(row["hyp"].splitlines()) for row in done))
     cut = sum(row["finish"] == "length" for row in done)
     if cut and ranks.rank == 0:

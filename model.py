@@ -19,10 +19,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from files import UserError, hub_snapshot, read_json, write_atomic
+from files import UserError, read_json, write_atomic
 
 ROPE_KEYS = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}  # Llama-3.1's
-FILES = ["config.json", "tokenizer.json", "*.safetensors", "model.safetensors.index.json"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +104,20 @@ def rotate(x, cos, sin):
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
 
 
+def linear(x, weight, bias=None):
+    """F.linear: x (..., M) times weight (N, M). On a CPU the weight is the left factor where tokens are few, as in
+    decoding: MKL repacks the right one, and that takes longer than the product. Measured in bench/NOTES.md."""
+    if x.is_cuda or x.numel() > 256 * x.shape[-1]:
+        return F.linear(x, weight, bias)
+    y = (weight @ x.flatten(0, -2).t()).t().contiguous().view(*x.shape[:-1], -1)  # (N, M) x (M, B*T) -> (B, T, N)
+    return y if bias is None else y.add_(bias)
+
+
+class Linear(nn.Linear):
+    def forward(self, x):
+        return linear(x, self.weight, self.bias)
+
+
 class RMSNorm(nn.Module):
     def __init__(self, cfg):
         super().__init__()
@@ -121,10 +134,23 @@ class KVCache:
     """Keys and values of B rows. Slot s of a row holds its token at position s: a short prompt is padded on the
     right, and the pads' slots are overwritten as the row grows, so no row ever sees a pad."""
 
-    def __init__(self, cfg, batch, slots, device, dtype):
-        shape = (batch, cfg.num_key_value_heads, slots, cfg.head_dim)
+    def __init__(self, cfg, rows, slots, device, dtype):
+        shape = (rows, cfg.num_key_value_heads, slots, cfg.head_dim)
         self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(cfg.num_hidden_layers)]
         self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(cfg.num_hidden_layers)]
+
+    def reserve(self, slots):
+        """Make room for at least `slots` slots, and some more, since rows grow by one."""
+        missing = slots - self.k[0].shape[2]
+        if missing > 0:
+            self.k, self.v = ([F.pad(x, (0, 0, 0, missing + 63)) for x in side] for side in (self.k, self.v))
+
+    def put(self, rows, other):
+        """Start `rows` (indices into B) anew with all that the cache `other` of as many rows holds."""
+        slots = other.k[0].shape[2]
+        self.reserve(slots)
+        for mine, new in zip(self.k + self.v, other.k + other.v):
+            mine[rows, :, :slots] = new
 
     def update(self, layer, k, v, positions, slots):
         """Write k, v (B, G, T, K) at `positions` (B, T); return the first `slots` slots of both, (B, G, slots, K)."""
@@ -144,10 +170,10 @@ class Attention(nn.Module):
         super().__init__()
         q_size, kv_size = cfg.num_attention_heads * cfg.head_dim, cfg.num_key_value_heads * cfg.head_dim
         qkv_bias = cfg.model_type == "qwen2"
-        self.q_proj = nn.Linear(cfg.hidden_size, q_size, bias=qkv_bias)
-        self.k_proj = nn.Linear(cfg.hidden_size, kv_size, bias=qkv_bias)
-        self.v_proj = nn.Linear(cfg.hidden_size, kv_size, bias=qkv_bias)
-        self.o_proj = nn.Linear(q_size, cfg.hidden_size, bias=False)
+        self.q_proj = Linear(cfg.hidden_size, q_size, bias=qkv_bias)
+        self.k_proj = Linear(cfg.hidden_size, kv_size, bias=qkv_bias)
+        self.v_proj = Linear(cfg.hidden_size, kv_size, bias=qkv_bias)
+        self.o_proj = Linear(q_size, cfg.hidden_size, bias=False)
         self.head_dim = cfg.head_dim
 
     def forward(self, x, cos, sin, store, mask):
@@ -160,6 +186,10 @@ class Attention(nn.Module):
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if store is not None:
             k, v = store(k, v)  # (B, G, S, K)
+        if x.shape[1] == 1:  # one token's heads of a group are H/G queries over the same keys: nothing is copied a head
+            q = q.view(len(x), k.shape[1], -1, self.head_dim)  # (B, H, 1, K) -> (B, G, H/G, K)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            return self.o_proj(y.reshape(len(x), 1, -1))  # (B, G, H/G, K) -> (B, 1, H*K) -> (B, 1, D)
         gqa = q.shape[1] != k.shape[1]
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=gqa)
         return self.o_proj(y.transpose(1, 2).flatten(2))  # (B, H, T, K) -> (B, T, H*K) -> (B, T, D)
@@ -168,14 +198,14 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, cfg):
         super().__init__()
-        self.gate_proj = nn.Linear(cfg.hidden_size, cfg.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(cfg.hidden_size, cfg.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(cfg.intermediate_size, cfg.hidden_size, bias=False)
+        self.gate_proj = Linear(cfg.hidden_size, cfg.intermediate_size, bias=False)
+        self.up_proj = Linear(cfg.hidden_size, cfg.intermediate_size, bias=False)
+        self.down_proj = Linear(cfg.intermediate_size, cfg.hidden_size, bias=False)
 
     def forward(self, x, lora):
         def project(name, x):
             y = getattr(self, name)(x)  # W_0 x, the frozen part of eq. 1
-            return y if lora is None else y + lora[name](x)
+            return y if lora is None else y.add_(lora[name](x))
 
         return project("down_proj", F.silu(project("gate_proj", x)) * project("up_proj", x))
 
@@ -210,7 +240,7 @@ class CausalLM(nn.Module):
         self.cfg = cfg
         self.model = Decoder(cfg)
         if not cfg.tie_word_embeddings:
-            self.lm_head = nn.Linear(cfg.hidden_size, cfg.vocab_size, bias=False)
+            self.lm_head = Linear(cfg.hidden_size, cfg.vocab_size, bias=False)
         self.register_buffer("inv_freq", rope_inv_freq(cfg), persistent=False)
 
     def forward(self, tokens, lora=None, positions=None, cache=None, slots=None):
@@ -221,7 +251,7 @@ class CausalLM(nn.Module):
         positions: (B, T), default 0..T-1 in every row. Rows are padded on the right: under the causal mask no
         token sees what comes after it.
         cache, slots: with a KVCache, keys and values are stored at `positions` and the first `slots` slots
-        are attended to; slots must exceed the largest position.
+        are attended to; slots must exceed the largest position, and T slots are T tokens at positions 0..T-1.
         """
         B, T = tokens.shape
         if positions is None:
@@ -230,7 +260,9 @@ class CausalLM(nn.Module):
         x = self.model.embed_tokens(tokens)  # (B, T, D)
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         mask = store = None
-        if cache is not None:  # a slot is visible when its position is not later than the query's: (B, 1, T, S)
+        if cache is not None:
+            cache.reserve(slots)
+        if cache is not None and slots > T:  # a slot is visible when its position is not later than the query's: (B, 1, T, S)
             mask = torch.arange(slots, device=tokens.device) <= positions[:, None, :, None]
         for i, layer in enumerate(self.model.layers):
             if cache is not None:
@@ -241,7 +273,7 @@ class CausalLM(nn.Module):
     def head(self, hidden):
         """Logits (..., V) of hidden states (..., D)."""
         head = self.model.embed_tokens if self.cfg.tie_word_embeddings else self.lm_head
-        return F.linear(hidden, head.weight)
+        return linear(hidden, head.weight)
 
     def fingerprint(self):
         """16 hex digits that tell backbones apart: configuration and samples of two weights, the same in fp32 and
@@ -251,19 +283,6 @@ class CausalLM(nn.Module):
             sample = weight[:: max(1, len(weight) // 64)].to("cpu", torch.bfloat16).contiguous()
             digest.update(sample.view(torch.int16).numpy().tobytes())
         return digest.hexdigest()[:16]
-
-
-def resolve(name, files=FILES):
-    """(folder of a checkpoint, its pinned name). `name` is a folder, or a hub repository, as `owner/name` or
-    `owner/name@revision`, which is downloaded; the pinned name is the absolute folder, or the repository at the commit
-    that was got, so that what was made with it can be found again. `files` are the patterns to download. Raises
-    UserError if there is neither."""
-    if Path(name).is_dir():
-        return Path(name), str(Path(name).resolve())
-    if Path(name).exists() or name.startswith((".", "/", "~")) or name.partition("@")[0].count("/") != 1:
-        raise UserError(f"{name}: no such folder; --model takes a checkpoint folder or a hub name such as Qwen/Qwen2.5-7B-Instruct")
-    folder, commit = hub_snapshot(name, files)
-    return folder, f"{name.partition('@')[0]}@{commit}"
 
 
 def build(cfg):

@@ -8,7 +8,7 @@ import torch
 import model as backbone
 from crosslora import CrossLoRA
 from data import LANGUAGES, Tokenizer, encode, read_stage_data, target_count
-from files import UserError
+from files import UserError, resolve
 
 
 def saved_bytes(cfg, rows, tokens, targets, element):
@@ -27,7 +27,7 @@ def saved_bytes(cfg, rows, tokens, targets, element):
 def dry_run(args):
     """Print what a run would be, from config.json alone and, where they are, tokenizer and data: no weights are read.
     Without prepared data (in Stage 2: without --pseudo) it counts Table 5's pairs."""
-    folder, _ = backbone.resolve(args.model, ["config.json", "tokenizer.json"])
+    folder, _ = resolve(args.model, ["config.json", "tokenizer.json"])
     cfg = backbone.Config.load(folder)
     languages, examples, source = list(LANGUAGES), None, "Table 5"
     if (Path(args.data) / "manifest.json").exists() and (args.stage == 1 or args.pseudo):
@@ -58,9 +58,11 @@ def dry_run(args):
         length, targets = max(lengths), max(counts)  # rows are sorted by length, so the worst micro-batch is all long ones
         print(f"tokens:     {sum(lengths):,} an epoch, {sum(counts):,} of them targets; {sum(lengths) / pairs:.1f} a pair, longest {length}; {dropped} pairs dropped")
     passes = 2 if args.rdrop_alpha > 0 else 1
+    rows = min(max(1, args.micro_batch_tokens // length), args.batch_size) if args.micro_batch_tokens else args.micro_batch_size
+    most = args.batch_size if args.micro_batch_tokens else args.micro_batch_size  # as many as that if they are short
     for what, element in (("bf16 backbone (GPU)", 2), ("fp32 backbone (CPU)", 4)):
         # fp32 weight, gradient and two moments are 16 bytes a trained parameter; an expert of A and of B is gathered a row
-        parts = [frozen * element, 16 * trained, args.micro_batch_size * passes * expert * element,
-                 saved_bytes(cfg, args.micro_batch_size * passes, length, args.micro_batch_size * passes * targets, element)]
+        parts = [frozen * element, 16 * trained, most * passes * expert * element,
+                 saved_bytes(cfg, rows * passes, length, rows * passes * targets, element)]
         print(f"memory:     at most {sum(parts) / 2**30:.1f} GiB a process, {what}: weights {parts[0] / 2**30:.1f}, adapter with gradient and Adam {parts[1] / 2**30:.1f}, "
-              f"gathered experts {parts[2] / 2**30:.1f}, activations {parts[3] / 2**30:.1f} ({args.micro_batch_size} pairs of {length} tokens)")
+              f"gathered experts {parts[2] / 2**30:.1f}, activations {parts[3] / 2**30:.1f} ({rows} pairs of {length} tokens)")

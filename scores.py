@@ -23,6 +23,19 @@ NAMES = {"bleu": "BLEU", "chrf": "chrF++", "rouge_l": "ROUGE-L", "comet": "COMET
 ROUGE_TOKENS = "ROUGE-L: F1 on lower-cased 13a tokens, into Chinese on characters"
 
 
+def language_identifier(languages):
+    """langid restricted to `languages` (it is weak on short text, and worse with its other 90 to choose from):
+    a function from text to code."""
+    from langid.langid import LanguageIdentifier, model  # unpacks its model on import
+
+    identifier = LanguageIdentifier.from_modelstring(model)
+    unknown = sorted(set(languages) - set(identifier.nb_classes))
+    if unknown:
+        raise UserError(f"langid does not know {', '.join(unknown)}: off-target output can't be told")
+    identifier.set_languages(list(languages))
+    return lambda text: identifier.classify(text)[0]
+
+
 class RougeTokens:
     """Tokens of ROUGE-L; the metric's own tokenizer would delete every letter outside a-z."""
 

@@ -22,8 +22,8 @@ from tqdm import tqdm
 import model as backbone
 from crosslora import GROUPS, ROUTES, CrossLoRA, load_adapter, router_load, save_adapter
 from data import FORMATS, IGNORE, Tokenizer, collate, encode, epoch_order, group_of, read_stage_data, target_count
-from files import UserError, claim, file_sha256, run_main, write_atomic
-from generate import DEFAULT_MODEL, add_device_arguments, claim_run, device_and_dtype, init_distributed
+from devices import add_device_arguments, claim_run, device_and_dtype, init_distributed, sum_over_ranks
+from files import UserError, at_least_one, claim, file_sha256, resolve, run_main, write_atomic
 
 
 def rdrop_sums(logits1, logits2, labels):
@@ -48,16 +48,34 @@ def forward_sums(model, adapter, examples, dtype, rdrop, dropout):
     lora = adapter([e.src_lang for e in examples] * passes, [e.tgt_lang for e in examples] * passes, dtype, dropout)
     hidden = model(tokens.repeat(passes, 1), lora)  # (passes * B, T, D)
     at = labels != IGNORE  # (B, T), N of them: the head is applied to these only
+    logits = model.head(hidden[at.repeat(passes, 1)])  # (passes * N, V), both passes in one product
     if not rdrop:
-        nll = F.cross_entropy(model.head(hidden[at]).float(), labels[at], reduction="sum")  # eq. 6
+        nll = F.cross_entropy(logits.float(), labels[at], reduction="sum")  # eq. 6
         return nll, nll.new_zeros(())
-    first, second = hidden.chunk(2)
-    return rdrop_sums(model.head(first[at]), model.head(second[at]), labels[at])
+    return rdrop_sums(*logits.chunk(2), labels[at])
 
 
 def denominator(examples, normalize):
     """M of eqs. 6-8 for a whole effective batch: its target tokens, or its sequences."""
     return sum(target_count(e) for e in examples) if normalize == "tokens" else len(examples)
+
+
+def micro_batches(rows, args, pass_cost=32):
+    """Cut `rows`, sorted by length, into one rank's passes: runs of at most --micro-batch-tokens tokens, pads included,
+    whose tokens plus `pass_cost` for every pass are fewest in all. With 0 tokens: runs of --micro-batch-size rows."""
+    if not args.micro_batch_tokens:
+        return [rows[i : i + args.micro_batch_size] for i in range(0, len(rows), args.micro_batch_size)]
+    cost, cut = [0], []
+    for end, longest in enumerate((len(e.ids) for e in rows), 1):  # cost[end]: the fewest tokens for rows[:end]
+        fits = [i for i in range(end) if (end - i) * longest <= args.micro_batch_tokens] or [end - 1]
+        best, start = min((cost[i] + (end - i) * longest + pass_cost, i) for i in fits)
+        cost.append(best)
+        cut.append(start)
+    runs, end = [], len(rows)
+    while end:
+        runs.append(rows[cut[end - 1] : end])
+        end = cut[end - 1]
+    return runs
 
 
 def backward(model, adapter, batch, args, ranks, dtype):
@@ -69,8 +87,8 @@ def backward(model, adapter, batch, args, ranks, dtype):
     M = denominator(batch, args.normalize)
     mine = sorted(batch, key=lambda e: len(e.ids))[ranks.rank :: ranks.world]  # similar lengths share a micro-batch
     sums = torch.zeros(2, device=model.inv_freq.device)
-    for start in range(0, len(mine), args.micro_batch_size):
-        nll, kl = forward_sums(model, adapter, mine[start : start + args.micro_batch_size], dtype, args.rdrop_alpha > 0, dropout=True)
+    for part in micro_batches(mine, args):
+        nll, kl = forward_sums(model, adapter, part, dtype, args.rdrop_alpha > 0, dropout=True)
         ((nll + args.rdrop_alpha * kl) / M).backward()  # eq. 9
         sums += torch.stack((nll.detach(), kl.detach()))
     if ranks.world > 1:
@@ -95,15 +113,6 @@ def sync_gradients(adapter, sums):
     for p in live:
         p.grad.copy_(flat[offset : offset + p.numel()].view_as(p))
         offset += p.numel()
-
-
-def sum_over_ranks(values, ranks, device):
-    """The sum of every rank's `values`, a CPU tensor; NCCL needs them on the rank's `device` in between."""
-    if ranks.world == 1:
-        return values
-    values = values.to(device)
-    dist.all_reduce(values)
-    return values.cpu()
 
 
 def lr_factor(step, total, warmup_ratio, schedule):
@@ -172,7 +181,7 @@ def save_checkpoint(path, adapter, optimizer, step, best, log, fingerprint):
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", type=int, choices=[1, 2], required=True, help="section 3.3")
-    parser.add_argument("--model", default=DEFAULT_MODEL, help="backbone: checkpoint folder or hub name (section 4.2)")
+    parser.add_argument("--model", default="meta-llama/Meta-Llama-3-8B-Instruct", help="backbone: checkpoint folder or hub name (section 4.2)")
     parser.add_argument("--data", default="data", help="folder that data.py wrote")
     parser.add_argument("--pseudo", help="Stage 2: folder that pivot.py wrote")
     parser.add_argument("--out", help="run folder; default runs/stageN")
@@ -194,7 +203,9 @@ def parse_args():
     parser.add_argument("--epochs", type=int, help="default: Stage 1 3, Stage 2 2 (section A.1)")
     parser.add_argument("--max-steps", type=int, help="stop after this many steps instead; for trials")
     parser.add_argument("--batch-size", type=int, default=32, help="effective batch: ranks x micro-batch x accumulation (section A.1)")
-    parser.add_argument("--micro-batch-size", type=int, default=4, help="rows a rank and pass (section A.1)")
+    parser.add_argument("--micro-batch-size", type=int, default=4, help="rows of --max-length a rank and pass (section A.1)")
+    parser.add_argument("--micro-batch-tokens", type=int, help="tokens a rank and pass, pads included; default: what --micro-batch-size rows of --max-length "
+                        "hold, so that more rows share a pass when they are short; 0: always --micro-batch-size rows")
     parser.add_argument("--max-length", type=int, default=512, help="tokens a pair, longer ones are dropped (section A.1)")
     parser.add_argument("--keep", default="last", choices=["last", "best"], help="which epoch's adapter: the last, or the lowest dev loss")
     parser.add_argument("--save-every", type=int, default=200, help="steps between checkpoints")
@@ -206,12 +217,12 @@ def parse_args():
     args = parser.parse_args()
     args.out = args.out or f"runs/stage{args.stage}"
     args.epochs = {1: 3, 2: 2}[args.stage] if args.epochs is None else args.epochs
-    for flag in ("rank", "top_k", "epochs", "max_steps", "batch_size", "micro_batch_size", "max_length", "save_every", "log_every"):
-        if getattr(args, flag) is not None and getattr(args, flag) < 1:
-            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be at least 1")
+    at_least_one(args, "rank", "top_k", "epochs", "max_steps", "batch_size", "micro_batch_size", "max_length", "save_every", "log_every")
+    if args.micro_batch_tokens is None:
+        args.micro_batch_tokens = args.micro_batch_size * args.max_length
     if not 0 <= args.seed < 2**31:
         raise UserError(f"--seed {args.seed}: must lie in [0, 2147483648)")
-    for flag in ("alpha", "rdrop_alpha", "lr", "weight_decay", "warmup_ratio", "max_grad_norm"):
+    for flag in ("micro_batch_tokens", "alpha", "rdrop_alpha", "lr", "weight_decay", "warmup_ratio", "max_grad_norm"):
         if not 0 <= getattr(args, flag) < math.inf:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: can't be negative")
     if not 0 <= args.dropout < 1:
@@ -235,9 +246,9 @@ def main():
         return
 
     languages, train_rows, dev_rows, files = read_stage_data(args)
-    folder, pinned = backbone.resolve(args.model)
+    folder, pinned = resolve(args.model)
     tokenizer = Tokenizer(folder, backbone.Config.load(folder), args.prompt_format)
-    may_change = ("out", "micro_batch_size", "device", "dry_run")  # between a stop and its resumption
+    may_change = ("out", "micro_batch_size", "micro_batch_tokens", "device", "dry_run")  # between a stop and its resumption
     config = {k: v for k, v in vars(args).items() if k not in may_change}
     config.update(languages=languages, prompt_format=tokenizer.format, tokenizer_sha256=tokenizer.sha256,
                   files={f.name: file_sha256(f) for f in files})
@@ -271,7 +282,7 @@ def main():
     total = min(args.epochs * steps_per_epoch, args.max_steps or math.inf)
     parameters = sum(p.numel() for p in adapter.parameters())
     summary = {"steps": total, "trainable_parameters": parameters, "train_pairs": len(train), "train_dropped": dropped,
-               "dev_pairs": len(dev), "dev_dropped": dev_dropped, "backbone_fingerprint": fingerprint, "processes": ranks.world, "micro_batch_size": args.micro_batch_size}
+               "dev_pairs": len(dev), "dev_dropped": dev_dropped, "backbone_fingerprint": fingerprint, "processes": ranks.world, "micro_batch_size": args.micro_batch_size, "micro_batch_tokens": args.micro_batch_tokens}
     lock = claim_run(out, config, ranks)
 
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)

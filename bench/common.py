@@ -9,11 +9,14 @@ import sys
 import time
 from pathlib import Path
 
+import peft
 import torch
 import transformers
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "examples/tiny")]
+import model as backbone  # noqa: E402
+from crosslora import TARGET_MODULES, CrossLoRA  # noqa: E402
 from data import LANGUAGES, PIVOT, read_flores, read_opus  # noqa: E402
 
 SIZES = {  # S; M: Qwen2.5-0.5B's shape; L: Llama-3-8B's
@@ -50,6 +53,24 @@ def make_checkpoint(size, folder, shared, dtype=torch.float32):
         config = config_class(**shape, **special, max_position_embeddings=2048, rope_theta=500000.0, initializer_range=0.02)
         model_class(config).to(dtype).save_pretrained(folder)
     return model_class
+
+
+def load_both(size, folder, shared, device, dtype):
+    """(our model, our adapter, the peer): the same random checkpoint, and peft's LoRA of rank 16 with the experts of de and zh."""
+    model_class = make_checkpoint(size, folder, shared)
+    lm = backbone.load(folder, device, dtype)
+    adapter = CrossLoRA(lm.cfg, list(LANGUAGES)).to(device)
+    for name, p in adapter.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.01)  # at B = 0 R-Drop's two passes are equal and the KL has nothing to compute
+    config = peft.LoraConfig(r=16, lora_alpha=64, lora_dropout=0.1, target_modules=list(TARGET_MODULES))
+    peer = peft.get_peft_model(model_class.from_pretrained(folder, dtype=dtype).to(device), config)
+    with torch.no_grad():
+        for i, layer in enumerate(peer.base_model.model.model.layers):
+            for name in TARGET_MODULES:
+                getattr(layer.mlp, name).lora_A["default"].weight.copy_(adapter.layers[i][name].lora_A["de"])
+                getattr(layer.mlp, name).lora_B["default"].weight.copy_(adapter.layers[i][name].lora_B["zh"])
+    return lm, adapter, peer
 
 
 def toy_pairs(count):

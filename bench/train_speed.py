@@ -4,8 +4,8 @@
 
 Ours: train.py's own `backward` on an effective batch of 32 pairs in mixed directions, R-Drop on. The usual peer: peft's LoRA
 of rank 16 on the same projections (one direction for all, which favours it), the R-Drop repository's form (batch doubled,
-logits for every position, two log-softmaxes), micro-batches of 4 in random order, padded to the longest. The tuned peer:
-logits on target positions only, rows sorted by length, micro-batches of --micro-batch-size like ours. Prints one JSON line.
+logits for every position, its compute_kl_loss), micro-batches of 4 in random order, padded to the longest. The tuned peer:
+logits on target positions only, log-probabilities taken once, rows sorted by length, micro-batches of 4. Prints one JSON line.
 """
 
 import argparse
@@ -14,16 +14,14 @@ import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
-import peft
 import torch
 import torch.nn.functional as F
 
-from common import ROOT, SIZES, alternate, machine, make_checkpoint, matmul_rate, peak_bytes, peak_in_a_fresh_process, ratios, sentence_pairs
+from common import ROOT, SIZES, alternate, load_both, machine, matmul_rate, peak_bytes, peak_in_a_fresh_process, ratios, sentence_pairs
 
-import model as backbone
-from crosslora import TARGET_MODULES, CrossLoRA
-from data import IGNORE, LANGUAGES, Tokenizer, collate, encode, target_count
-from generate import Ranks, device_and_dtype
+from crosslora import TARGET_MODULES
+from data import IGNORE, Tokenizer, collate, encode, target_count
+from devices import Ranks, device_and_dtype
 from train import backward
 
 
@@ -44,9 +42,14 @@ def peer_backward(model, examples, micro_batch_size, tuned, alpha, device):
             first, second = model(input_ids=tokens.repeat(2, 1), attention_mask=mask.repeat(2, 1).long(), use_cache=False).logits.chunk(2)
             first, second, targets = first.flatten(0, 1), second.flatten(0, 1), labels.flatten()
         nll = (F.cross_entropy(first.float(), targets, ignore_index=IGNORE, reduction="sum") + F.cross_entropy(second.float(), targets, ignore_index=IGNORE, reduction="sum")) / 2
-        p, q = F.log_softmax(first.float(), -1), F.log_softmax(second.float(), -1)
-        kl = (F.kl_div(p, q, reduction="none", log_target=True) + F.kl_div(q, p, reduction="none", log_target=True)).sum(-1)
-        kl = kl[targets != IGNORE].sum() / 2
+        if tuned:
+            p, q = F.log_softmax(first.float(), -1), F.log_softmax(second.float(), -1)
+            kl = (F.kl_div(p, q, reduction="sum", log_target=True) + F.kl_div(q, p, reduction="sum", log_target=True)) / 2
+        else:  # as the R-Drop repository's README has it
+            p_kl = F.kl_div(F.log_softmax(first, -1), F.softmax(second, -1), reduction="none")
+            q_kl = F.kl_div(F.log_softmax(second, -1), F.softmax(first, -1), reduction="none")
+            padding = (targets == IGNORE)[:, None]
+            kl = (p_kl.masked_fill_(padding, 0.0).sum() + q_kl.masked_fill_(padding, 0.0).sum()) / 2
         ((nll + alpha * kl) / M).backward()
         sums += torch.stack((nll.detach(), kl.detach()))
     return sums
@@ -58,7 +61,8 @@ def main():
     parser.add_argument("--shared", default=str(ROOT.parent / "shared"), help="folder with real tokenizers and text; the toy world without it")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--micro-batch-size", type=int, default=8, help="of ours and of the tuned peer")
+    parser.add_argument("--pairs", type=int, default=32, help="the effective batch")
+    parser.add_argument("--micro-batch-size", type=int, default=4, help="of both peers; ours fills as many tokens as that many rows of 512 have")
     parser.add_argument("--work", default=str(Path(tempfile.gettempdir()) / "crosslora-bench"), help="folder for the random checkpoint")
     parser.add_argument("--out", help="also write the JSON here")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
@@ -66,24 +70,13 @@ def main():
     torch.set_num_threads(args.threads)
     device, dtype = device_and_dtype("auto")
     folder = Path(args.work) / args.size
-    model_class = make_checkpoint(args.size, folder, args.shared)
-    lm = backbone.load(folder, device, dtype)
+    lm, adapter, peer = load_both(args.size, folder, args.shared, device, dtype)
     tokenizer = Tokenizer(folder, lm.cfg, "plain" if args.size == "S" else "auto")
-    pairs, source = sentence_pairs(args.shared, 32)
+    pairs, source = sentence_pairs(args.shared, args.pairs)
     rows = [dict(zip(("src_lang", "tgt_lang", "src", "tgt"), pair)) for pair in pairs]
     examples, _ = encode(tokenizer, rows)
 
-    adapter = CrossLoRA(lm.cfg, list(LANGUAGES)).to(device)
-    for name, p in adapter.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(p, std=0.01)  # at B = 0 both passes are equal and the KL has nothing to compute
-    peer = peft.get_peft_model(model_class.from_pretrained(folder, dtype=dtype).to(device), peft.LoraConfig(r=16, lora_alpha=64, lora_dropout=0.1, target_modules=list(TARGET_MODULES)))
-    with torch.no_grad():
-        for i, layer in enumerate(peer.base_model.model.model.layers):
-            for name in TARGET_MODULES:
-                getattr(layer.mlp, name).lora_A["default"].weight.copy_(adapter.layers[i][name].lora_A["de"])
-                getattr(layer.mlp, name).lora_B["default"].weight.copy_(adapter.layers[i][name].lora_B["zh"])
-    settings = SimpleNamespace(micro_batch_size=args.micro_batch_size, rdrop_alpha=0.1, normalize="tokens")
+    settings = SimpleNamespace(micro_batch_size=args.micro_batch_size, micro_batch_tokens=512 * args.micro_batch_size, rdrop_alpha=0.1, normalize="tokens")
 
     def ours(batch=examples):
         adapter.zero_grad(set_to_none=True)
@@ -95,7 +88,7 @@ def main():
             return peer_backward(peer, examples, micro, tuned, 0.1, device)
         return step
 
-    runs = {"ours": ours, "usual": theirs(False, 4), "tuned": theirs(True, args.micro_batch_size)}
+    runs = {"ours": ours, "usual": theirs(False, args.micro_batch_size), "tuned": theirs(True, args.micro_batch_size)}
     if args.peak:
         return print(peak_bytes(runs[args.peak], device))
 
@@ -104,7 +97,7 @@ def main():
     adapter.dropout, agree = 0.0, {}
     peer.eval()
     mine = ours(one_way)
-    for name, step in (("usual", theirs(False, 4)), ("tuned", theirs(True, args.micro_batch_size))):
+    for name, step in (("usual", theirs(False, args.micro_batch_size)), ("tuned", theirs(True, args.micro_batch_size))):
         other = step()
         worst = abs(mine[0] / other[0] - 1).item()
         for i, layer in enumerate(peer.base_model.model.model.layers):

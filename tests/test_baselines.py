@@ -10,7 +10,7 @@ from baselines import Baseline
 from conftest import ROOT, inside, read_rows, refuses
 from data import LANGUAGES
 from files import write_jsonl
-from generate import load_engine
+from generate import load_engine, translate_batch
 
 sentencepiece = pytest.importorskip("sentencepiece")
 import transformers  # noqa: E402
@@ -131,11 +131,11 @@ def test_our_own_engine_via_english(adapter_folder, tmp_path):
     inside(ROOT / "evaluate.py", "--directions", "de-zh,en-de,de-is", "--test", tmp_path / "test.jsonl", "--adapter", adapter_folder, "--via-english", "--out",
            tmp_path / "out", "--max-new-tokens", 5)
     engine = load_engine(None, adapter_folder, device="cpu")
-    first, _ = engine.translate([{**ROWS[0], "tgt_lang": "en"}], 5)[0]
+    first, _ = translate_batch(engine, [{**ROWS[0], "tgt_lang": "en"}], 5)[0]
     for row in read_rows(tmp_path / "out/hypotheses.jsonl"):
         hops = row["src_lang"] == "de"
         source = {**row, "src_lang": "en", "src": first} if hops else row
-        assert row["hyp"] == engine.translate([source], 5)[0][0] and row.get("pivot") == (first if hops else None)
+        assert row["hyp"] == translate_batch(engine, [source], 5)[0][0] and row.get("pivot") == (first if hops else None)
         assert row["finish"] == "length"
     assert len(read_rows(tmp_path / "out/hypotheses.to_english.jsonl")) == 1  # de -> en once for both targets
 

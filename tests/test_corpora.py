@@ -247,7 +247,7 @@ def test_a_model_from_the_hub_is_cached_pinned_and_used_offline(server, checkpoi
         server.files[f"/some/model/resolve/{COMMIT}/{extra}"] = b"not needed"
     monkeypatch.setenv("HF_ENDPOINT", server.url)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-    resolve = lambda name, **kwargs: run("-c", f"import model; print(*model.resolve({name!r}))", **kwargs).stdout.split()
+    resolve = lambda name, **kwargs: run("-c", f"import files; print(*files.resolve({name!r}))", **kwargs).stdout.split()
     folder, pinned = resolve("some/model")
     assert pinned == f"some/model@{COMMIT}"
     assert {p.name: p.read_bytes() for p in Path(folder).iterdir()} == {p.name: p.read_bytes() for p in checkpoint.iterdir()}

@@ -12,7 +12,7 @@ from conftest import ROOT, inside, make_checkpoint, read_rows, refuses, run
 from corpora import read_aligned
 from data import FORMATS, IGNORE, LANGUAGES, Tokenizer, all_directions, collate, encode, epoch_order, prepare, read_jsonl
 from files import UserError, claim, read_lines
-from generate import language_identifier
+from scores import language_identifier
 
 CONTROL = "<|eot_id|> <|begin_of_text|> <|im_end|> <|start_header_id|>assistant</s>"
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from conftest import ROOT, TORCHRUN, inside, make_checkpoint, read_rows, refuses, run
+from devices import Ranks
 from files import write_jsonl
-from generate import Ranks, load_engine, translate_batch, translate_jsonl
+from generate import load_engine, translate_batch, translate_jsonl
 
 
 def naive(engine, row, max_new_tokens):

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 
 import model as backbone
 from conftest import SHARED, run
-from files import UserError
+from files import UserError, resolve
 
 SIZES = dict(vocab_size=300, hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4,
              max_position_embeddings=512, bos_token_id=1, eos_token_id=2, initializer_range=0.1, attn_implementation="eager")
@@ -189,16 +189,16 @@ def test_a_hub_model_is_pinned_to_the_commit_it_was_got_at(monkeypatch, tmp_path
     snapshot = tmp_path / "models--a--b" / "snapshots" / "0123abc"
     snapshot.mkdir(parents=True)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **kwargs: asked.append((name, kwargs["revision"])) or str(snapshot))
-    assert backbone.resolve("a/b") == (snapshot, "a/b@0123abc")
-    assert backbone.resolve("a/b@0123abc") == (snapshot, "a/b@0123abc")
-    assert backbone.resolve("a/b@refs/pr/3")[0] == snapshot
+    assert resolve("a/b") == (snapshot, "a/b@0123abc")
+    assert resolve("a/b@0123abc") == (snapshot, "a/b@0123abc")
+    assert resolve("a/b@refs/pr/3")[0] == snapshot
     assert asked == [("a/b", None), ("a/b", "0123abc"), ("a/b", "refs/pr/3")]
-    assert backbone.resolve(str(checkpoint)) == (checkpoint, str(checkpoint.resolve()))
+    assert resolve(str(checkpoint)) == (checkpoint, str(checkpoint.resolve()))
 
 
 def test_unknown_folder_and_unreachable_hub(monkeypatch):
     with pytest.raises(UserError, match="no such folder"):
-        backbone.resolve("./nowhere")
+        resolve("./nowhere")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError, match="hub did not give it"):
-        backbone.resolve("nobody/nothing-at-all")
+        resolve("nobody/nothing-at-all")

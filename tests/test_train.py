@@ -20,8 +20,9 @@ import model as backbone
 from conftest import ROOT, TORCHRUN, inside, randomise, read_rows, refuses, run
 from crosslora import CrossLoRA
 from data import LANGUAGES, Tokenizer, encode
+from devices import Ranks, device_and_dtype
 from files import write_jsonl
-from generate import Ranks, device_and_dtype, load_engine, translate_batch
+from generate import load_engine, translate_batch
 from plan import saved_bytes
 from train import backward, denominator, evaluate_dev, forward_sums, lr_factor, rdrop_sums
 
@@ -47,7 +48,7 @@ def test_rdrop_equals_the_equations_written_out():
 
 
 def settings(**changes):
-    return SimpleNamespace(**{**dict(normalize="tokens", micro_batch_size=4, rdrop_alpha=0.1), **changes})
+    return SimpleNamespace(**{**dict(normalize="tokens", micro_batch_size=4, micro_batch_tokens=0, rdrop_alpha=0.1), **changes})
 
 
 def setup(checkpoint, sentences, dropout=0.0):

@@ -1,0 +1,91 @@
+"""What CrossLoRA costs over a plain LoRA of rank 16 in the same code, in training and decoding, for 6 languages and for 100.
+
+    python bench/cost.py --size S [--repeats 7] [--out bench/results/cost_S.json]
+
+The plain LoRA is the same adapter with every row in one direction, so that all share one expert; then the rows' own directions
+among 6 languages, and random ones among 100. The same sentences, run in turn. Prints one JSON line.
+"""
+
+import argparse
+import json
+import random
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+from common import ROOT, SIZES, alternate, machine, make_checkpoint, ratios, sentence_pairs
+
+import model as backbone
+from crosslora import CrossLoRA
+from data import LANGUAGES, Tokenizer, encode
+from devices import Ranks, device_and_dtype
+from generate import Row, decode, decoding_order
+from train import backward
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="S", choices=list(SIZES))
+    parser.add_argument("--shared", default=str(ROOT.parent / "shared"), help="folder with real tokenizers and text; the toy world without it")
+    parser.add_argument("--pairs", type=int, default=16, help="in training")
+    parser.add_argument("--sentences", type=int, default=64, help="in decoding, all together")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--work", default=str(Path(tempfile.gettempdir()) / "crosslora-bench"), help="folder for the random checkpoint")
+    parser.add_argument("--out", help="also write the JSON here")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    device, dtype = device_and_dtype("auto")
+    folder = Path(args.work) / args.size
+    make_checkpoint(args.size, folder, args.shared)
+    lm = backbone.load(folder, device, dtype)
+    tokenizer = Tokenizer(folder, lm.cfg, "plain" if args.size == "S" else "auto")
+    pairs, source = sentence_pairs(args.shared, max(args.pairs, args.sentences))
+    rows = [dict(zip(("src_lang", "tgt_lang", "src", "tgt"), pair)) for pair in pairs]
+    examples, _ = encode(tokenizer, rows[: args.pairs])
+    rows = rows[: args.sentences]
+    prompts = [tokenizer.prompt(row["src_lang"], row["tgt_lang"], row["src"]) for row in rows]
+    limits = [len(tokenizer.ids(row["tgt"].strip())) + 1 for row in rows]
+    settings = SimpleNamespace(micro_batch_size=4, micro_batch_tokens=2048, rdrop_alpha=0.1, normalize="tokens")
+    six, hundred, rng = list(LANGUAGES), [f"l{i}" for i in range(100)], random.Random(0)
+    adapters = {6: CrossLoRA(lm.cfg, six).to(device), 100: CrossLoRA(lm.cfg, hundred).to(device)}
+    for adapter in adapters.values():
+        for name, p in adapter.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(p, std=0.01)
+    directions = {
+        "plain LoRA": (6, [("de", "zh")] * len(rows)),
+        "6 languages": (6, [(row["src_lang"], row["tgt_lang"]) for row in rows]),
+        "100 languages": (100, [tuple(rng.sample(hundred, 2)) for _ in rows]),
+    }
+
+    def train_run(count, langs):
+        batch = [e._replace(src_lang=s, tgt_lang=t) for e, (s, t) in zip(examples, langs)]
+
+        def run():
+            adapters[count].zero_grad(set_to_none=True)
+            backward(lm, adapters[count], batch, settings, Ranks(0, 1), dtype)
+        return run
+
+    def decode_run(count, langs):
+        def run():
+            queue = (Row(i, prompts[i], *langs[i], limits[i]) for i in decoding_order(rows))
+            for _ in decode(lm, adapters[count], dtype, queue, (), len(rows)):
+                continue
+        return run
+
+    result = {"bench": "cost", "size": args.size, "sentences": source, "pairs": len(examples), "count": len(rows)}
+    for what, make in (("training", train_run), ("decoding", decode_run)):
+        times = alternate({name: make(*directions[name]) for name in directions}, args.repeats, device)
+        result[what] = {f"plain LoRA over {name}": ratios(times, "plain LoRA", name) for name in directions if name != "plain LoRA"}
+    result["machine"] = machine(device)
+    print(json.dumps(result))
+    if args.out:
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

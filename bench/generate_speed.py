@@ -1,0 +1,123 @@
+"""Decoding speed against transformers' generate: the same weights, sentences and lengths, run in turn.
+
+    python bench/generate_speed.py --size S [--repeats 7] [--threads 2] [--out bench/results/generate_S.json]
+
+Ours: generate.py's own `decode`, all directions mixed, every row on its own experts, waiting rows taking the places of
+ended ones. The peer: `generate` with its KV cache and one adapter of peft for all rows (one direction, which favours it),
+padded on the left; the best of batches of 32 and 64, adapter merged and unmerged: `usual` in the order of the sentences,
+`sorted` by the length of the source. Random weights don't end a sentence: on both sides a row ends after as many tokens as its
+reference has. Prints one JSON line.
+"""
+
+import argparse
+import copy
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from transformers import StoppingCriteria
+
+from common import ROOT, SIZES, alternate, load_both, machine, matmul_rate, now, ratios, sentence_pairs
+
+from data import Tokenizer
+from devices import device_and_dtype
+from generate import Row, decode, decoding_order
+
+
+class Ends(StoppingCriteria):
+    """Ends row b after limits[b] new tokens."""
+
+    eos_token_id = None  # generate pads the rows that have ended if a criterion has this name
+
+    def __init__(self, limits, prompt_length):
+        self.limits, self.prompt_length = limits, prompt_length
+
+    def __call__(self, ids, scores, **kwargs):
+        return ids.shape[1] - self.prompt_length >= self.limits
+
+
+@torch.inference_mode()
+def peer_decode(model, prompts, limits, order, batch_size, device):
+    """Greedy outputs {index: ids} of `prompts` in batches cut from `order`."""
+    outputs = {}
+    for start in range(0, len(order), batch_size):
+        part = order[start : start + batch_size]
+        T = max(len(prompts[i]) for i in part)
+        ids = torch.tensor([[0] * (T - len(prompts[i])) + prompts[i] for i in part], device=device)  # (B, T)
+        mask = torch.tensor([[0] * (T - len(prompts[i])) + [1] * len(prompts[i]) for i in part], device=device)
+        most = torch.tensor([limits[i] for i in part], device=device)
+        out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=int(most.max()), do_sample=False, pad_token_id=0, eos_token_id=None,
+                             stopping_criteria=[Ends(most, T)])
+        for i, row in zip(part, out[:, T:].tolist()):
+            outputs[i] = row[: limits[i]]
+    return outputs
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="S", choices=list(SIZES))
+    parser.add_argument("--shared", default=str(ROOT.parent / "shared"), help="folder with real tokenizers and text; the toy world without it")
+    parser.add_argument("--sentences", type=int, default=96)
+    parser.add_argument("--trial", type=int, default=64, help="sentences on which the peer's settings are tried")
+    parser.add_argument("--batch-size", type=int, default=128, help="of ours; the peer's is the better of 32 and 64")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--work", default=str(Path(tempfile.gettempdir()) / "crosslora-bench"), help="folder for the random checkpoint")
+    parser.add_argument("--out", help="also write the JSON here")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    device, dtype = device_and_dtype("auto")
+    folder = Path(args.work) / args.size
+    lm, adapter, peer = load_both(args.size, folder, args.shared, device, dtype)
+    peers = {"unmerged": peer.eval(), "merged": copy.deepcopy(peer).merge_and_unload().eval()}
+    tokenizer = Tokenizer(folder, lm.cfg, "plain" if args.size == "S" else "auto")
+    pairs, source = sentence_pairs(args.shared, args.sentences)
+    rows = [dict(zip(("src_lang", "tgt_lang", "src", "tgt"), pair)) for pair in pairs]
+    prompts = [tokenizer.prompt(row["src_lang"], row["tgt_lang"], row["src"]) for row in rows]
+    limits = [len(tokenizer.ids(row["tgt"].strip())) + 1 for row in rows]  # with the end of turn
+
+    def ours(one_way=False):
+        order = decoding_order(rows)
+        langs = [("de", "zh") if one_way else (row["src_lang"], row["tgt_lang"]) for row in rows]
+        queue = (Row(i, prompts[i], *langs[i], limits[i]) for i in order)
+        return {row.key: row.out for row in decode(lm, adapter, dtype, queue, (), args.batch_size)}
+
+    in_order, by_length = list(range(len(rows))), sorted(range(len(rows)), key=lambda i: -len(prompts[i]))
+    theirs = lambda kind, order, size: lambda: peer_decode(peers[kind], prompts, limits, order, size, device)
+    some = by_length[:: max(1, len(rows) // 16)]
+    agreed, mine = peer_decode(peer, prompts, limits, some, 32, device), ours(one_way=True)
+    differ = sum(agreed[i] != mine[i] for i in some)
+    assert dtype != torch.float32 or differ == 0, f"{differ} of {len(some)} greedy outputs differ"
+
+    tried, runs, settings = {}, {"ours": ours}, [(kind, size) for kind in peers for size in (32, 64)]
+    for name, order in (("usual", in_order), ("sorted", by_length)):  # the peer's best setting, each tried once on the first sentences
+        seconds = []
+        for kind, size in settings:
+            started = now(device)
+            theirs(kind, order[: args.trial], size)()
+            seconds.append(round(now(device) - started, 2))
+            tried[f"{name}, batch {size}, {kind}"] = seconds[-1]
+        kind, size = settings[seconds.index(min(seconds))]
+        runs[name] = theirs(kind, order, size)
+        print(f"{name}: {tried}", file=sys.stderr, flush=True)
+    times = alternate(runs, args.repeats, device)
+    rate = matmul_rate(device, dtype)
+    tokens, read = sum(limits), sum(map(len, prompts))
+    layer_weights = sum(p.numel() for name, p in lm.named_parameters() if name.startswith("model.layers"))
+    flops = 2 * ((read + tokens) * layer_weights + tokens * lm.cfg.vocab_size * lm.cfg.hidden_size)
+    median = lambda name: sorted(times[name])[len(times[name]) // 2]
+    result = {"bench": "generate", "size": args.size, "sentences": source, "count": len(rows), "prompt_tokens": read, "output_tokens": tokens, "batch_size": args.batch_size,
+              "sentences_per_s": {name: round(len(rows) / median(name), 2) for name in runs}, "output_tokens_per_s": {name: round(tokens / median(name), 1) for name in runs},
+              "ratio_usual": ratios(times, "usual"), "ratio_sorted": ratios(times, "sorted"), "peer_seconds": tried,
+              "utilisation": round(flops / median("ours") / rate, 3), "matmul_gflops": round(rate / 1e9, 1),
+              "agreement": f"{len(some) - differ} of {len(some)} greedy outputs identical", "machine": machine(device)}
+    print(json.dumps(result))
+    if args.out:
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
