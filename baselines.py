@@ -116,9 +116,11 @@ class Baseline:
         return results
 
     def translate_each(self, rows, max_new_tokens, batch_size):
-        """(index, translation, "stop" | "length") of `rows`, in batches as they come; see generate.translate_each."""
-        for start in range(0, len(rows), batch_size):
-            for i, (text, finish) in enumerate(self.translate(rows[start : start + batch_size], max_new_tokens), start):
+        """(index, translation, "stop" | "length") of `rows`, in batches as they come; see generate.translate_each. A
+        sentence counts as many times as it has beams."""
+        size = max(1, batch_size // self.system.beams)
+        for start in range(0, len(rows), size):
+            for i, (text, finish) in enumerate(self.translate(rows[start : start + size], max_new_tokens), start):
                 yield i, text, finish
 
 

@@ -55,7 +55,7 @@ def kept(x, p):
     """Dropout's mask, true with probability 1 - p (to 2^-16) at each element of x. Sixteen random bits an element take
     a quarter of the time that torch's generator takes on a CPU."""
     bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None)
-    return bits.view(torch.int16)[: x.numel()].view(x.shape) >= round(p * 2**16) - 2**15
+    return bits.view(torch.int16)[: x.numel()].view(x.shape) >= min(round(p * 2**16), 2**16 - 1) - 2**15
 
 
 class LowRank:

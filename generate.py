@@ -28,6 +28,7 @@ from devices import add_device_arguments, device_and_dtype, init_distributed
 from files import UserError, at_least_one, check_output, file_sha256, resolve, run_main, write_jsonl
 
 PROMPTS = 16  # read together: wide enough for the products, and the memory of a pass stays small
+SLOTS = 2**17  # of the cache, all rows together: 16 GiB for Llama-3-8B in bf16
 
 
 class Engine(NamedTuple):
@@ -35,7 +36,6 @@ class Engine(NamedTuple):
     adapter: torch.nn.Module | None
     tokenizer: Tokenizer
     languages: list
-    device: torch.device
     dtype: torch.dtype
     identity: dict  # fingerprint of the backbone, hash of the adapter: what a result depends on
     via_english: bool = False  # translates non-English directions in two hops, see baselines.py
@@ -61,10 +61,11 @@ def load_engine(model, adapter, prompt_format="auto", device="auto", dtype="auto
     lm = backbone.load(folder, device, dtype)
     identity = {"backbone": lm.fingerprint(), "adapter": None, "prompt_format": tokenizer.format, "dtype": str(dtype).removeprefix("torch.")}
     if adapter is None:
-        return Engine(lm, None, tokenizer, list(LANGUAGES), device, dtype, identity)
+        return Engine(lm, None, tokenizer, list(LANGUAGES), dtype, identity)
     lora, description = load_adapter(adapter, lm.cfg, lm.fingerprint(), tokenizer.sha256)
     identity["adapter"] = file_sha256(Path(adapter) / "adapter.safetensors")
-    return Engine(lm, lora.to(device).eval(), tokenizer, description["languages"], device, dtype, identity)
+    lora.to(device, None if lora.learned else dtype)  # cast once; a learned router stays fp32
+    return Engine(lm, lora.eval(), tokenizer, description["languages"], dtype, identity)
 
 
 @dataclasses.dataclass
@@ -83,20 +84,19 @@ class Row:
 def decode(lm, adapter, dtype, queue, stop_ids, batch_size):
     """Greedy continuation of the Rows of `queue`, an iterator, yielded in the order in which they end.
 
-    At most `batch_size` are decoded together. When an eighth of them has ended, waiting ones take their places. Every
+    At most `batch_size` are decoded together, fewer if the longest of the first would make the cache too large. When an eighth of them has ended, waiting ones take their places. Every
     row keeps its own positions and limit, so its result does not depend on its company.
     """
     device = lm.inv_freq.device
     rows = list(itertools.islice(queue, batch_size))  # by place in the batch of B; where one has ended the place is free
+    fit = max(1, SLOTS // max((len(row.prompt) + row.room for row in rows), default=1))
+    rows, queue = rows[:fit], itertools.chain(rows[fit:], queue)
     fresh = list(range(len(rows)))  # places whose prompt was not read yet
     cache, token = backbone.KVCache(lm.cfg, len(rows), 0, device, dtype), torch.zeros(len(rows), dtype=torch.long, device=device)
-
-    def lora_of(rows):
-        return None if adapter is None else adapter.grouped([r.src_lang for r in rows], [r.tgt_lang for r in rows], dtype)
-
+    lora_of = lambda rows: None if adapter is None else adapter.grouped([r.src_lang for r in rows], [r.tgt_lang for r in rows], dtype)
     while rows:
         for start in range(0, len(fresh), PROMPTS):
-            part = sorted(fresh, key=lambda b: len(rows[b].prompt))[start : start + PROMPTS]
+            part = sorted(fresh, key=lambda b: -len(rows[b].prompt))[start : start + PROMPTS]
             lengths = torch.tensor([len(rows[b].prompt) for b in part])
             prompts = pad_sequence([torch.tensor(rows[b].prompt) for b in part], batch_first=True).to(device)  # (b, T), padded on the right
             T = prompts.shape[1]
@@ -185,8 +185,7 @@ def translate_jsonl(engine, rows, out, batch_size, max_new_tokens, ranks, desc):
         stem = f"{out.name}.part-{job}"  # another job's leftovers are not ours
         done = {i: row for part in out.parent.glob(f"{stem}-*") for i, row in read_part(part)[0].items()}
         ranks.barrier()  # nobody writes before everybody has read
-        order = sorted(range(len(rows)), key=lambda i: (-len(rows[i]["src"]), i))
-        mine = [i for i in order if i not in done][ranks.rank :: ranks.world]
+        mine = [i for i in decoding_order(rows) if i not in done][ranks.rank :: ranks.world]
         part = out.with_name(f"{stem}-{ranks.rank}")
         with open(part, "ab") as file, tqdm(total=len(mine), desc=desc, unit="sent", disable=ranks.rank > 0 or None) as bar:
             file.truncate(read_part(part)[1])

@@ -143,7 +143,9 @@ class KVCache:
         """Make room for at least `slots` slots, and some more, since rows grow by one."""
         missing = slots - self.k[0].shape[2]
         if missing > 0:
-            self.k, self.v = ([F.pad(x, (0, 0, 0, missing + 63)) for x in side] for side in (self.k, self.v))
+            for side in (self.k, self.v):
+                for layer, x in enumerate(side):  # one at a time: old and new together would be twice the cache
+                    side[layer] = F.pad(x, (0, 0, 0, missing + 63))
 
     def put(self, rows, other):
         """Start `rows` (indices into B) anew with all that the cache `other` of as many rows holds."""

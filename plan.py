@@ -55,11 +55,13 @@ def dry_run(args):
         length, targets = args.max_length, args.max_length // 2
     else:
         lengths, counts = [len(e.ids) for e in examples], [target_count(e) for e in examples]
-        length, targets = max(lengths), max(counts)  # rows are sorted by length, so the worst micro-batch is all long ones
+        length, targets = max(lengths), max(counts)  # the worst pass is all long ones
         print(f"tokens:     {sum(lengths):,} an epoch, {sum(counts):,} of them targets; {sum(lengths) / pairs:.1f} a pair, longest {length}; {dropped} pairs dropped")
     passes = 2 if args.rdrop_alpha > 0 else 1
-    rows = min(max(1, args.micro_batch_tokens // length), args.batch_size) if args.micro_batch_tokens else args.micro_batch_size
-    most = args.batch_size if args.micro_batch_tokens else args.micro_batch_size  # as many as that if they are short
+    rows = args.micro_batch_size
+    if args.micro_batch_tokens:  # what fits, rounded up: somewhat shorter rows use the tokens to the last
+        rows = min(math.ceil(max(1, args.micro_batch_tokens / length)), args.batch_size)
+    most = args.batch_size if args.micro_batch_tokens else rows  # rows, if they are short
     for what, element in (("bf16 backbone (GPU)", 2), ("fp32 backbone (CPU)", 4)):
         # fp32 weight, gradient and two moments are 16 bytes a trained parameter; an expert of A and of B is gathered a row
         parts = [frozen * element, 16 * trained, most * passes * expert * element,

@@ -61,8 +61,8 @@ def denominator(examples, normalize):
 
 
 def micro_batches(rows, args, pass_cost=32):
-    """Cut `rows`, sorted by length, into one rank's passes: runs of at most --micro-batch-tokens tokens, pads included,
-    whose tokens plus `pass_cost` for every pass are fewest in all. With 0 tokens: runs of --micro-batch-size rows."""
+    """Cut `rows`, sorted by length, into one rank's passes, longest first: runs of at most --micro-batch-tokens tokens, pads
+    included, whose tokens plus `pass_cost` for every pass are fewest. With 0 tokens: runs of --micro-batch-size rows."""
     if not args.micro_batch_tokens:
         return [rows[i : i + args.micro_batch_size] for i in range(0, len(rows), args.micro_batch_size)]
     cost, cut = [0], []
@@ -202,7 +202,7 @@ def parse_args():
     parser.add_argument("--max-grad-norm", type=float, default=1.0, help="gradient clipping, 0: none; the paper is silent")
     parser.add_argument("--epochs", type=int, help="default: Stage 1 3, Stage 2 2 (section A.1)")
     parser.add_argument("--max-steps", type=int, help="stop after this many steps instead; for trials")
-    parser.add_argument("--batch-size", type=int, default=32, help="effective batch: ranks x micro-batch x accumulation (section A.1)")
+    parser.add_argument("--batch-size", type=int, default=32, help="effective batch: ranks x micro-batch x accumulation, whatever the passes (section A.1)")
     parser.add_argument("--micro-batch-size", type=int, default=4, help="rows of --max-length a rank and pass (section A.1)")
     parser.add_argument("--micro-batch-tokens", type=int, help="tokens a rank and pass, pads included; default: what --micro-batch-size rows of --max-length "
                         "hold, so that more rows share a pass when they are short; 0: always --micro-batch-size rows")
@@ -237,7 +237,6 @@ def main():
     if args.batch_size % (ranks.world * args.micro_batch_size):
         raise UserError(f"--batch-size {args.batch_size} cannot be divided into {ranks.world} processes x --micro-batch-size "
                         f"{args.micro_batch_size} x a whole number of accumulation steps")
-    accumulation = args.batch_size // (ranks.world * args.micro_batch_size)
     device, dtype = device_and_dtype(args.device, args.dtype)
     if args.dry_run:
         if chief:
@@ -296,11 +295,11 @@ def main():
         step, best, log_bytes = state["step"], state["best"], state["log_bytes"]
         del state
     if chief:
-        share = parameters / sum(p.numel() for p in model.parameters())
         print(json.dumps({**config, **summary}, ensure_ascii=False))
-        print(f"{parameters:,} trainable parameters, {share:.2%} of the backbone; {len(train)} pairs ({dropped} over "
-              f"{args.max_length} tokens dropped); batch {args.batch_size} = {ranks.world} processes x {args.micro_batch_size} "
-              f"x accumulation {accumulation}; {total} steps" + (f"; resuming at step {step}" if step else ""), flush=True)
+        print(f"{parameters:,} trainable parameters, {parameters / sum(p.numel() for p in model.parameters()):.2%} of the backbone; {len(train)} pairs "
+              f"({dropped} over {args.max_length} tokens dropped); batch {args.batch_size} = {ranks.world} processes x {args.micro_batch_size} x accumulation "
+              f"{args.batch_size // (ranks.world * args.micro_batch_size)}" + (f", fewer where {args.micro_batch_tokens} tokens hold more pairs" if args.micro_batch_tokens else "")
+              + f"; {total} steps" + (f"; resuming at step {step}" if step else ""), flush=True)
 
     log = open(out / "metrics.jsonl" if chief else os.devnull, "ab")
     if chief:

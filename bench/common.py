@@ -1,4 +1,4 @@
-"""What both benches share: sizes, random weights that ours and the peer load, sentences, repeats, the report."""
+"""What the benches share: sizes, random weights that ours and the peer load, sentences, repeats, the report."""
 
 import json
 import os
@@ -19,7 +19,9 @@ import model as backbone  # noqa: E402
 from crosslora import TARGET_MODULES, CrossLoRA  # noqa: E402
 from data import LANGUAGES, PIVOT, read_flores, read_opus  # noqa: E402
 
-SIZES = {  # S; M: Qwen2.5-0.5B's shape; L: Llama-3-8B's
+SIZES = {  # XS is for the tests; S; M: Qwen2.5-0.5B's shape; L: Llama-3-8B's
+    "XS": dict(kind="qwen2", tokenizer="none", vocab_size=4000, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+               num_key_value_heads=2, tie_word_embeddings=True),
     "S": dict(kind="llama", tokenizer="llama2", vocab_size=32000, hidden_size=512, intermediate_size=1408, num_hidden_layers=8, num_attention_heads=8,
               num_key_value_heads=4, tie_word_embeddings=False),
     "M": dict(kind="qwen2", tokenizer="qwen2.5", vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,

@@ -3,7 +3,8 @@
     python bench/cost.py --size S [--repeats 7] [--out bench/results/cost_S.json]
 
 The plain LoRA is the same adapter with every row in one direction, so that all share one expert; then the rows' own directions
-among 6 languages, and random ones among 100. The same sentences, run in turn. Prints one JSON line.
+among 6 languages, and random ones among 100. The same sentences, run in turn; training is forward and backward of a batch
+without the optimizer, whose work grows with the experts a batch uses. Prints one JSON line.
 """
 
 import argparse
@@ -41,11 +42,12 @@ def main():
     folder = Path(args.work) / args.size
     make_checkpoint(args.size, folder, args.shared)
     lm = backbone.load(folder, device, dtype)
-    tokenizer = Tokenizer(folder, lm.cfg, "plain" if args.size == "S" else "auto")
+    tokenizer = Tokenizer(folder, lm.cfg, "auto" if args.size in "ML" else "plain")
     pairs, source = sentence_pairs(args.shared, max(args.pairs, args.sentences))
     rows = [dict(zip(("src_lang", "tgt_lang", "src", "tgt"), pair)) for pair in pairs]
     examples, _ = encode(tokenizer, rows[: args.pairs])
     rows = rows[: args.sentences]
+    assert len(examples) == args.pairs <= len(rows), "a pair is too long, or --pairs is more than --sentences"
     prompts = [tokenizer.prompt(row["src_lang"], row["tgt_lang"], row["src"]) for row in rows]
     limits = [len(tokenizer.ids(row["tgt"].strip())) + 1 for row in rows]
     settings = SimpleNamespace(micro_batch_size=4, micro_batch_tokens=2048, rdrop_alpha=0.1, normalize="tokens")
@@ -79,7 +81,7 @@ def main():
     result = {"bench": "cost", "size": args.size, "sentences": source, "pairs": len(examples), "count": len(rows)}
     for what, make in (("training", train_run), ("decoding", decode_run)):
         times = alternate({name: make(*directions[name]) for name in directions}, args.repeats, device)
-        result[what] = {f"plain LoRA over {name}": ratios(times, "plain LoRA", name) for name in directions if name != "plain LoRA"}
+        result[what] = {name: ratios(times, name, "plain LoRA") for name in directions if name != "plain LoRA"}
     result["machine"] = machine(device)
     print(json.dumps(result))
     if args.out:

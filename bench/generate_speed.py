@@ -5,7 +5,7 @@
 Ours: generate.py's own `decode`, all directions mixed, every row on its own experts, waiting rows taking the places of
 ended ones. The peer: `generate` with its KV cache and one adapter of peft for all rows (one direction, which favours it),
 padded on the left; the best of batches of 32 and 64, adapter merged and unmerged: `usual` in the order of the sentences,
-`sorted` by the length of the source. Random weights don't end a sentence: on both sides a row ends after as many tokens as its
+`sorted` by the prompt's length. Random weights don't end a sentence: on both sides a row ends after as many tokens as its
 reference has. Prints one JSON line.
 """
 
@@ -72,7 +72,7 @@ def main():
     folder = Path(args.work) / args.size
     lm, adapter, peer = load_both(args.size, folder, args.shared, device, dtype)
     peers = {"unmerged": peer.eval(), "merged": copy.deepcopy(peer).merge_and_unload().eval()}
-    tokenizer = Tokenizer(folder, lm.cfg, "plain" if args.size == "S" else "auto")
+    tokenizer = Tokenizer(folder, lm.cfg, "auto" if args.size in "ML" else "plain")
     pairs, source = sentence_pairs(args.shared, args.sentences)
     rows = [dict(zip(("src_lang", "tgt_lang", "src", "tgt"), pair)) for pair in pairs]
     prompts = [tokenizer.prompt(row["src_lang"], row["tgt_lang"], row["src"]) for row in rows]

@@ -5,7 +5,8 @@
 Ours: train.py's own `backward` on an effective batch of 32 pairs in mixed directions, R-Drop on. The usual peer: peft's LoRA
 of rank 16 on the same projections (one direction for all, which favours it), the R-Drop repository's form (batch doubled,
 logits for every position, its compute_kl_loss), micro-batches of 4 in random order, padded to the longest. The tuned peer:
-logits on target positions only, log-probabilities taken once, rows sorted by length, micro-batches of 4. Prints one JSON line.
+logits on target positions only, rows sorted by length, micro-batches of 4. Ours cuts its passes by tokens, as train.py does. Both
+peers run in transformers' own way, with an attention mask. Prints one JSON line.
 """
 
 import argparse
@@ -71,7 +72,7 @@ def main():
     device, dtype = device_and_dtype("auto")
     folder = Path(args.work) / args.size
     lm, adapter, peer = load_both(args.size, folder, args.shared, device, dtype)
-    tokenizer = Tokenizer(folder, lm.cfg, "plain" if args.size == "S" else "auto")
+    tokenizer = Tokenizer(folder, lm.cfg, "auto" if args.size in "ML" else "plain")
     pairs, source = sentence_pairs(args.shared, args.pairs)
     rows = [dict(zip(("src_lang", "tgt_lang", "src", "tgt"), pair)) for pair in pairs]
     examples, _ = encode(tokenizer, rows)

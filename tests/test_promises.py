@@ -34,6 +34,13 @@ def test_readme_points_at_the_lines_that_compute_the_equations():
         assert re.search(rf"eqs?\. .*{numbers.strip()}\b", text), (numbers, name, line, text)
 
 
+def test_readme_shows_what_was_measured():
+    readme = (ROOT / "README.md").read_text()
+    printed = lambda script: subprocess.run([sys.executable, ROOT / "bench" / script], capture_output=True, text=True, check=True).stdout
+    assert printed("tables.py").count("|") > 50 and printed("tables.py") in readme
+    assert printed("projection.py").partition("\n")[2] in readme
+
+
 def test_defaults_are_the_papers(monkeypatch):
     for stage, epochs in ((1, 3), (2, 2)):
         monkeypatch.setattr(sys, "argv", ["train.py", "--stage", str(stage)])

@@ -1,0 +1,51 @@
+"""How long the paper's whole run would take on one GPU: a projection from counts and rates, not a measurement.
+
+    python bench/projection.py [--tflops 200 --decode-tokens-per-s 3200] [--out bench/results/projection.json]
+
+Counts are Table 5's; lengths are means of 600 real OPUS-100 and FLORES-200 pairs with Llama-3's tokenizer and prompt. Training
+takes 4 FLOPs a backbone weight, token and pass (two passes with R-Drop), the head on targets only. Prompts are read at the same
+rate. Both rates are assumptions about an H100: 200 TFLOP/s of the 989 that it promises, and steps of 128 rows in 40 ms.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from files import markdown  # noqa: E402
+
+LAYERS, HEAD = 32 * 218_103_808, 128_256 * 4096  # weights of Llama-3-8B: 32 layers without norms, head
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tflops", type=float, default=200, help="rate of training and of reading prompts, bf16; assumed")
+    parser.add_argument("--decode-tokens-per-s", type=float, default=3200, help="new tokens a second; assumed")
+    parser.add_argument("--prompt-tokens", type=float, default=40.1, help="mean tokens of a prompt with its sentence")
+    parser.add_argument("--target-tokens", type=float, default=23.4, help="mean tokens of a translation with its end of turn")
+    parser.add_argument("--out", help="also write the JSON here")
+    args = parser.parse_args()
+    rate = args.tflops * 1e12
+
+    def training(pairs, epochs):
+        tokens = pairs * epochs * (args.prompt_tokens + args.target_tokens - 1)
+        return 2 * 4 * (tokens * LAYERS + pairs * epochs * args.target_tokens * HEAD) / rate / 3600
+
+    def translating(sentences):
+        return (sentences * args.prompt_tokens * 2 * LAYERS / rate + sentences * args.target_tokens / args.decode_tokens_per_s) / 3600
+
+    stages = {
+        "Stage 1: 10 x 20,997 pairs, 3 epochs": training(10 * 20_997, 3),
+        "pivot: 5 x 20,000 sentences into English, 20 x 20,000 out of it": translating(100_000 + 400_000),
+        "Stage 2: 10 x 20,997 and 20 x 18,997 pairs, 2 epochs": training(10 * 20_997 + 20 * 18_997, 2),
+        "evaluation: 40,240 sentences": translating(40_240),
+    }
+    stages["all"] = sum(stages.values())
+    print("Projection, not measured:\n" + markdown(["part", "GPU-hours"], [[name, f"{hours:.2f}"] for name, hours in stages.items()]), end="")
+    if args.out:
+        Path(args.out).write_text(json.dumps({"projection": "computed from assumed rates, not measured", **vars(args), "gpu_hours": {k: round(v, 2) for k, v in stages.items()}}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,31 @@
+"""The README's tables of speed, from bench/results/*.json:  python bench/tables.py"""
+
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from files import markdown  # noqa: E402
+
+
+def ratio(r):
+    return f"{r['median']:.2f} ({r['min']:.2f}-{r['max']:.2f}, {r['n']})"
+
+
+def tables():
+    """Training, decoding and CrossLoRA's own cost as markdown, a row a result file."""
+    read = lambda kind: [json.loads(path.read_text()) for path in sorted((ROOT / "bench/results").glob(f"{kind}_*.json"), reverse=True)]
+    train = [[r["size"], str(r["tokens_per_s"]["ours"]), ratio(r["ratio_usual"]), ratio(r["ratio_tuned"]), f"{r['utilisation']:.0%}",
+              f"{r['peak_mib']['ours']:,}", f"{r['peak_mib']['usual']:,}", f"{r['peak_mib']['tuned']:,}", str(r["pairs"])] for r in read("train")]
+    decode = [[r["size"], str(r["sentences_per_s"]["ours"]), str(r["output_tokens_per_s"]["ours"]), ratio(r["ratio_usual"]), ratio(r["ratio_sorted"]),
+               f"{r['utilisation']:.0%}", str(r["count"])] for r in read("generate")]
+    cost = [[f"{what}, {r['size']}", *(f"{value['median'] - 1:+.1%} ({value['min'] - 1:+.1%} to {value['max'] - 1:+.1%})" for value in r[what].values())]
+            for r in read("cost") for what in ("training", "decoding")]
+    return (markdown(["size", "ours, tokens/s", "over the usual peer", "over the tuned peer", "of the product's rate", "peak MiB, ours", "usual", "tuned", "pairs"], train) + "\n"
+            + markdown(["size", "ours, sentences/s", "new tokens/s", "over the usual peer", "over the sorted peer", "of the product's rate", "sentences"], decode) + "\n"
+            + markdown(["CrossLoRA's cost over a plain LoRA", "6 languages", "100 languages"], cost))
+
+
+if __name__ == "__main__":
+    print(tables(), end="")

@@ -1,0 +1,125 @@
+"""What makes it fast changes no result: cuts into passes, dropout masks, products by expert, rows that take over places."""
+
+import itertools
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import model as backbone
+from conftest import ROOT, randomise
+from crosslora import CrossLoRA, kept
+from data import LANGUAGES
+from generate import Row, decode
+from test_train import close, one_process
+from train import micro_batches
+
+
+def cost(runs, pass_cost):
+    return sum(len(run) * max(len(e.ids) for e in run) + pass_cost for run in runs)
+
+
+@pytest.mark.parametrize("limit, pass_cost", [(2048, 32), (60, 5), (25, 0), (1, 3)])
+def test_passes_are_the_cheapest_of_all_cuts(limit, pass_cost):
+    rows = [SimpleNamespace(ids=[0] * n) for n in sorted([3, 9, 4, 30, 8, 8, 21, 5, 12, 11])]
+    runs = micro_batches(rows, SimpleNamespace(micro_batch_tokens=limit), pass_cost)
+    assert list(itertools.chain(*runs[::-1])) == rows  # longest first: memory that does not suffice shows at once
+    every = []  # all cuts of ten rows
+    for cuts in itertools.product([False, True], repeat=len(rows) - 1):
+        edges = [0, *(i for i, cut in enumerate(cuts, 1) if cut), len(rows)]
+        every.append([rows[a:b] for a, b in zip(edges, edges[1:])])
+    fits = lambda run: len(run) == 1 or len(run) * max(len(e.ids) for e in run) <= limit  # a row longer than the limit is a pass of its own
+    assert all(fits(run) for run in runs)
+    assert cost(runs, pass_cost) == min(cost(cut, pass_cost) for cut in every if all(map(fits, cut)))
+
+
+def test_passes_of_rows():
+    rows = [SimpleNamespace(ids=[0] * n) for n in range(1, 8)]
+    assert micro_batches(rows, SimpleNamespace(micro_batch_tokens=0, micro_batch_size=3)) == [rows[:3], rows[3:6], rows[6:]]
+
+
+def test_passes_cut_by_tokens_give_the_same_gradient(checkpoint, sentences):
+    whole = one_process(checkpoint, sentences, 32)
+    for tokens in (100, 400, 10_000):
+        close(one_process(checkpoint, sentences, 4, micro_batch_tokens=tokens), whole)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.001])
+def test_dropout_keeps_each_element_with_its_probability(p):
+    torch.manual_seed(0)
+    mask = kept(torch.empty(401, 999), p)
+    n, sigma = mask.numel(), (p * (1 - p) / mask.numel()) ** 0.5
+    dropped = ~mask
+    assert abs(dropped.double().mean() - p) < 5 * sigma + 2**-16
+    for lane in range(4):  # four masks share one draw of 64 bits
+        assert abs(dropped.flatten()[lane::4].double().mean() - p) < 10 * sigma + 2**-16
+    for shift in (1, 2, 3, 4, 999):  # neighbours are independent
+        both = (dropped.flatten()[shift:] & dropped.flatten()[:-shift]).double().mean()
+        assert abs(both - p * p) < 6 * (p * p / n) ** 0.5 + 2**-15
+    assert not torch.equal(mask, kept(torch.empty(401, 999), p))
+
+
+def test_dropout_leaves_the_expectation(lm):
+    """The mean update over many masks is the update without dropout."""
+    adapter = randomise(CrossLoRA(lm.cfg, list(LANGUAGES), rank=4, alpha=8, dropout=0.3))
+    x = torch.randn(1, 3, lm.cfg.hidden_size).expand(4000, -1, -1)
+    exact = adapter(["de"] * 4000, ["zh"] * 4000)[0]["gate_proj"](x)[0]
+    torch.manual_seed(1)
+    dropped = adapter(["de"] * 4000, ["zh"] * 4000, dropout=True)[0]["gate_proj"](x)
+    assert (dropped.mean(0) - exact).abs().max() < 6 * dropped.std(0).max() / 4000**0.5 and dropped.std(0).max() > 0
+
+
+@pytest.mark.parametrize("variant", ["crosslora", "lora", "molora-static", "groups", "molora-topk"])
+def test_grouped_rows_equal_gathered_rows(lm, variant):
+    adapter = randomise(CrossLoRA(lm.cfg, list(LANGUAGES), rank=4, alpha=8, variant=variant))
+    src, tgt = ["de", "en", "zh", "de", "is"], ["zh", "is", "en", "is", "zh"]
+    torch.manual_seed(2)
+    for a, b in zip(adapter(src, tgt), adapter.grouped(src, tgt)):
+        for name in a:
+            x = torch.randn(5, 3, lm.cfg.intermediate_size if name == "down_proj" else lm.cfg.hidden_size)
+            assert torch.allclose(a[name](x), b[name](x), atol=1e-5) and a[name](x).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 256, 300])
+def test_linear_is_torchs(tokens):
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(1, tokens, 24), torch.randn(40, 24), torch.randn(40)
+    for b in (None, bias):
+        y = backbone.linear(x, weight, b)
+        assert y.shape == (1, tokens, 40) and y.is_contiguous() and torch.allclose(y, F.linear(x, weight, b), atol=1e-5)
+
+
+def test_waiting_rows_take_the_places_of_ended_ones(engine, monkeypatch):
+    """Rows of very different prompts and limits, eight together: each gets what it gets alone, and no step is wider."""
+    torch.manual_seed(3)
+    rows = lambda: [Row(i, list(range(5, 8 + 7 * (i % 5))), *(("de", "zh"), ("en", "is"), ("ru", "en"))[i % 3], 1 + (5 * i) % 23) for i in range(40)]
+    call = lambda rows, batch_size: decode(engine.model, engine.adapter, engine.dtype, iter(rows), (), batch_size)
+    alone = [next(call([row], 1)).out for row in rows()]
+    assert [len(out) for out in alone] == [row.room for row in rows()]
+    widths, forward = [], type(engine.model).forward
+    monkeypatch.setattr(type(engine.model), "forward", lambda self, tokens, *args, **kwargs: widths.append(tuple(tokens.shape)) or forward(self, tokens, *args, **kwargs))
+    done = {row.key: row.out for row in call(rows(), 8)}
+    assert [done[i] for i in range(40)] == alone
+    steps = [width for width, length in widths if length == 1]
+    assert max(steps) == 8 and len(steps) <= 1.1 * sum(row.room for row in rows()) / 8  # hardly a place stands empty
+
+
+@pytest.mark.parametrize("bench", ["train_speed", "generate_speed", "cost"])
+def test_benches_run_and_agree_with_their_peers(bench, tmp_path):
+    """The smallest size. Those with a peer compare both sides before they time anything, and fail if they differ."""
+    sizes = {"train_speed": ("--pairs", 6), "generate_speed": ("--sentences", 12, "--trial", 6, "--batch-size", 5), "cost": ("--pairs", 4, "--sentences", 6)}[bench]
+    done = subprocess.run([sys.executable, ROOT / "bench" / f"{bench}.py", "--size", "XS", "--shared", tmp_path, "--work", tmp_path, "--repeats", "2", "--out", tmp_path / "x.json",
+                           *map(str, sizes)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result == json.loads((tmp_path / "x.json").read_text()) and result["sentences"] == "toy world"
+    if bench == "train_speed":
+        assert max(result["agreement"].values()) < 1e-4 and result["ratio_usual"]["n"] == 2 and set(result["peak_mib"]) == {"ours", "usual", "tuned"}
+    elif bench == "generate_speed":
+        assert result["ratio_sorted"]["min"] > 0 and len(result["peer_seconds"]) == 8
+    else:
+        assert set(result["decoding"]) == set(result["training"]) and len(result["training"]) == 2
