@@ -1,11 +1,13 @@
 """What the benches share: sizes, random weights that ours and the peer load, sentences, repeats, the report."""
 
+import argparse
 import json
 import os
 import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -29,6 +31,26 @@ SIZES = {  # XS is for the tests; S; M: Qwen2.5-0.5B's shape; L: Llama-3-8B's
     "L": dict(kind="llama", tokenizer="llama3", vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
               num_key_value_heads=8, tie_word_embeddings=False),
 }
+
+
+def bench_parser(doc):
+    """The flags of every bench."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="S", choices=list(SIZES))
+    parser.add_argument("--shared", default=str(ROOT.parent / "shared"), help="folder with real tokenizers and text; the toy world without it")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--work", default=str(Path(tempfile.gettempdir()) / "crosslora-bench"), help="folder for the random checkpoint")
+    parser.add_argument("--out", help="also write the JSON here")
+    return parser
+
+
+def report(result, out):
+    """Print the one JSON line, and write it to the file `out` if there is one."""
+    print(json.dumps(result))
+    if out:
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+        Path(out).write_text(json.dumps(result, indent=1) + "\n")
 
 
 def make_checkpoint(size, folder, shared, dtype=torch.float32):

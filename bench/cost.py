@@ -7,16 +7,13 @@ among 6 languages, and random ones among 100. The same sentences, run in turn; t
 without the optimizer, whose work grows with the experts a batch uses. Prints one JSON line.
 """
 
-import argparse
-import json
 import random
-import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 
-from common import ROOT, SIZES, alternate, machine, make_checkpoint, ratios, sentence_pairs
+from common import alternate, bench_parser, machine, make_checkpoint, ratios, report, sentence_pairs
 
 import model as backbone
 from crosslora import CrossLoRA
@@ -27,15 +24,9 @@ from train import backward
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="S", choices=list(SIZES))
-    parser.add_argument("--shared", default=str(ROOT.parent / "shared"), help="folder with real tokenizers and text; the toy world without it")
+    parser = bench_parser(__doc__)
     parser.add_argument("--pairs", type=int, default=16, help="in training")
     parser.add_argument("--sentences", type=int, default=64, help="in decoding, all together")
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--work", default=str(Path(tempfile.gettempdir()) / "crosslora-bench"), help="folder for the random checkpoint")
-    parser.add_argument("--out", help="also write the JSON here")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     device, dtype = device_and_dtype("auto")
@@ -83,10 +74,7 @@ def main():
         times = alternate({name: make(*directions[name]) for name in directions}, args.repeats, device)
         result[what] = {name: ratios(times, name, "plain LoRA") for name in directions if name != "plain LoRA"}
     result["machine"] = machine(device)
-    print(json.dumps(result))
-    if args.out:
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
+    report(result, args.out)
 
 
 if __name__ == "__main__":

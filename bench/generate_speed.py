@@ -9,17 +9,14 @@ padded on the left; the best of batches of 32 and 64, adapter merged and unmerge
 reference has. Prints one JSON line.
 """
 
-import argparse
 import copy
-import json
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
 from transformers import StoppingCriteria
 
-from common import ROOT, SIZES, alternate, load_both, machine, matmul_rate, now, ratios, sentence_pairs
+from common import alternate, bench_parser, load_both, machine, matmul_rate, now, ratios, report, sentence_pairs
 
 from data import Tokenizer
 from devices import device_and_dtype
@@ -56,16 +53,10 @@ def peer_decode(model, prompts, limits, order, batch_size, device):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="S", choices=list(SIZES))
-    parser.add_argument("--shared", default=str(ROOT.parent / "shared"), help="folder with real tokenizers and text; the toy world without it")
+    parser = bench_parser(__doc__)
     parser.add_argument("--sentences", type=int, default=96)
     parser.add_argument("--trial", type=int, default=64, help="sentences on which the peer's settings are tried")
     parser.add_argument("--batch-size", type=int, default=128, help="of ours; the peer's is the better of 32 and 64")
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--work", default=str(Path(tempfile.gettempdir()) / "crosslora-bench"), help="folder for the random checkpoint")
-    parser.add_argument("--out", help="also write the JSON here")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     device, dtype = device_and_dtype("auto")
@@ -113,10 +104,7 @@ def main():
               "ratio_usual": ratios(times, "usual"), "ratio_sorted": ratios(times, "sorted"), "peer_seconds": tried,
               "utilisation": round(flops / median("ours") / rate, 3), "matmul_gflops": round(rate / 1e9, 1),
               "agreement": f"{len(some) - differ} of {len(some)} greedy outputs identical", "machine": machine(device)}
-    print(json.dumps(result))
-    if args.out:
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
+    report(result, args.out)
 
 
 if __name__ == "__main__":

@@ -9,16 +9,13 @@ logits on target positions only, rows sorted by length, micro-batches of 4. Ours
 peers run in transformers' own way, with an attention mask. Prints one JSON line.
 """
 
-import argparse
-import json
-import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 
-from common import ROOT, SIZES, alternate, load_both, machine, matmul_rate, peak_bytes, peak_in_a_fresh_process, ratios, sentence_pairs
+from common import alternate, bench_parser, load_both, machine, matmul_rate, peak_bytes, peak_in_a_fresh_process, ratios, report, sentence_pairs
 
 from crosslora import TARGET_MODULES
 from data import IGNORE, Tokenizer, collate, encode, target_count
@@ -57,16 +54,10 @@ def peer_backward(model, examples, micro_batch_size, tuned, alpha, device):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="S", choices=list(SIZES))
-    parser.add_argument("--shared", default=str(ROOT.parent / "shared"), help="folder with real tokenizers and text; the toy world without it")
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=2)
+    parser = bench_parser(__doc__)
     parser.add_argument("--pairs", type=int, default=32, help="the effective batch")
     parser.add_argument("--micro-batch-size", type=int, default=4, help="of both peers; ours fills as many tokens as that many rows of 512 have")
-    parser.add_argument("--work", default=str(Path(tempfile.gettempdir()) / "crosslora-bench"), help="folder for the random checkpoint")
-    parser.add_argument("--out", help="also write the JSON here")
-    parser.add_argument("--peak", help=argparse.SUPPRESS)
+    parser.add_argument("--peak", help="print one side's peak memory and stop: ours, usual or tuned")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     device, dtype = device_and_dtype("auto")
@@ -122,10 +113,7 @@ def main():
               "tokens_per_s": {name: round(tokens / median(name), 1) for name in runs}, "ratio_usual": ratios(times, "usual"), "ratio_tuned": ratios(times, "tuned"),
               "peak_mib": {name: round(peak / 2**20) for name, peak in peaks.items()}, "utilisation": round(flops / median("ours") / rate, 3),
               "matmul_gflops": round(rate / 1e9, 1), "agreement": agree, "machine": machine(device)}
-    print(json.dumps(result))
-    if args.out:
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
+    report(result, args.out)
 
 
 if __name__ == "__main__":
