@@ -286,7 +286,7 @@ def export_peft(folder, src_lang, tgt_lang, out):
     shape = SimpleNamespace(hidden_size=1, intermediate_size=1, num_hidden_layers=0)
     adapter = described(description, shape)  # its routes and ranks; the tensors are read below
     a, b = adapter.route(src_lang, tgt_lang)
-    pinned = description["backbone"]  # as model.resolve names it
+    pinned = description["backbone"]  # as files.resolve names it
     repository, revision = pinned.split("@", 1) if "@" in pinned and not Path(pinned).is_absolute() else (pinned, None)
     tensors = {}
     for name, tensor in read_tensors(Path(folder) / "adapter.safetensors").items():

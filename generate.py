@@ -84,8 +84,8 @@ class Row:
 def decode(lm, adapter, dtype, queue, stop_ids, batch_size):
     """Greedy continuation of the Rows of `queue`, an iterator, yielded in the order in which they end.
 
-    At most `batch_size` are decoded together, fewer if the longest of the first would make the cache too large. When an eighth of them has ended, waiting ones take their places. Every
-    row keeps its own positions and limit, so its result does not depend on its company.
+    At most `batch_size` are decoded together, fewer if the longest of the first would make the cache too large. When an
+    eighth has ended, waiting ones take their places. A row keeps its own positions and limit, whatever its company.
     """
     device = lm.inv_freq.device
     rows = list(itertools.islice(queue, batch_size))  # by place in the batch of B; where one has ended the place is free
@@ -95,8 +95,8 @@ def decode(lm, adapter, dtype, queue, stop_ids, batch_size):
     cache, token = backbone.KVCache(lm.cfg, len(rows), 0, device, dtype), torch.zeros(len(rows), dtype=torch.long, device=device)
     lora_of = lambda rows: None if adapter is None else adapter.grouped([r.src_lang for r in rows], [r.tgt_lang for r in rows], dtype)
     while rows:
-        for start in range(0, len(fresh), PROMPTS):
-            part = sorted(fresh, key=lambda b: -len(rows[b].prompt))[start : start + PROMPTS]
+        fresh.sort(key=lambda b: -len(rows[b].prompt))
+        for part in (fresh[i : i + PROMPTS] for i in range(0, len(fresh), PROMPTS)):
             lengths = torch.tensor([len(rows[b].prompt) for b in part])
             prompts = pad_sequence([torch.tensor(rows[b].prompt) for b in part], batch_first=True).to(device)  # (b, T), padded on the right
             T = prompts.shape[1]
