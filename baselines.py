@@ -15,7 +15,7 @@ import torch
 
 from data import LANGUAGES, PIVOT, read_jsonl
 from devices import device_and_dtype, init_distributed
-from files import UserError, at_least_one, check_output, hub_snapshot, reason, run_main, write_jsonl
+from files import UserError, at_least, check_output, hub_snapshot, reason, run_main, write_jsonl
 from generate import add_translation_arguments, load_engine, translate_jsonl
 
 ALMA = "Translate this from {src} to {tgt}:\n{src}: {text}\n{tgt}:"
@@ -167,7 +167,7 @@ def main():
     parser.add_argument("--output", required=True, help="the same lines with hyp and finish")
     add_translation_arguments(parser)
     args = parser.parse_args()
-    at_least_one(args, "batch_size", "max_new_tokens")
+    at_least(1, args, "batch_size", "max_new_tokens")
     check_output(args.output)
     rows = read_jsonl(args.input, need=("src",))
     ranks = init_distributed(args.device)

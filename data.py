@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from corpora import all_files, fetch, flores_file, opus_files, read_aligned, sources
-from files import UserError, claim, file_sha256, read_json, read_lines, run_main, write_atomic, write_jsonl
+from files import UserError, at_least, claim, file_sha256, read_json, read_lines, run_main, write_atomic, write_jsonl
 
 
 class Language(NamedTuple):
@@ -334,9 +334,8 @@ def main():
     args.drop = [] if args.drop == "none" else args.drop.split(",")
     if not set(args.drop) <= set(NOISE):
         raise UserError(f"--drop {','.join(args.drop)}: takes {', '.join(NOISE)}, or none")
-    for flag, least in (("train_pairs", 0), ("dev_pairs", 0), ("test_pairs", 0), ("pivot_pairs", 0), ("max_ratio", 1)):
-        if getattr(args, flag) < least:
-            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be at least {least}")
+    at_least(0, args, "train_pairs", "dev_pairs", "test_pairs", "pivot_pairs")
+    at_least(1, args, "max_ratio")
     out, config = Path(args.out), {k: v for k, v in vars(args).items() if k not in ("out", "source")}
     claim(out, config, write=False)
     if (out / "manifest.json").exists():

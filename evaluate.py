@@ -19,7 +19,7 @@ from tqdm import tqdm
 from baselines import add_system_argument, engine_of, translate_via_english
 from data import LANGUAGES, all_directions, read_jsonl
 from devices import claim_run, init_distributed
-from files import UserError, at_least_one, file_sha256, markdown, read_json, run_main, write_atomic, write_jsonl
+from files import UserError, at_least, file_sha256, markdown, read_json, run_main, write_atomic, write_jsonl
 from generate import add_engine_arguments, translate_jsonl
 from scores import NAMES, comet_scores, language_identifier, load_comet, paired_bootstrap, score
 from tables import averages, compare, curves, direction_table, heat_maps, table_1
@@ -93,7 +93,7 @@ def main():
         raise UserError("--compare goes with --table DIR...")
     if args.table:
         return print(compare(args.table, args.compare == "paper"), end="")
-    at_least_one(args, "batch_size", "max_new_tokens")
+    at_least(1, args, "batch_size", "max_new_tokens")
     if args.out is None:
         raise UserError("--out is needed: the folder for hypotheses and scores")
     if args.curves:

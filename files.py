@@ -144,11 +144,11 @@ def hub_snapshot(name, patterns, repo_type="model"):
     return folder, folder.name  # the cache names a snapshot's folder by its commit
 
 
-def at_least_one(args, *flags):
-    """Raises UserError for a flag below 1; None, a default to be worked out, is let through."""
+def at_least(least, args, *flags):
+    """Raises UserError for a flag below `least`; None, a default to be worked out, is let through."""
     for flag in flags:
-        if getattr(args, flag) is not None and getattr(args, flag) < 1:
-            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be at least 1")
+        if getattr(args, flag) is not None and getattr(args, flag) < least:
+            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be at least {least}")
 
 
 def check_output(path):

@@ -25,7 +25,7 @@ import model as backbone
 from crosslora import load_adapter, read_description
 from data import FORMATS, LANGUAGES, Tokenizer, read_jsonl
 from devices import add_device_arguments, device_and_dtype, init_distributed
-from files import UserError, at_least_one, check_output, file_sha256, resolve, run_main, write_jsonl
+from files import UserError, at_least, check_output, file_sha256, resolve, run_main, write_jsonl
 
 PROMPTS = 16  # read together: wide enough for the products, and the memory of a pass stays small
 SLOTS = 2**17  # of the cache, all rows together: 16 GiB for Llama-3-8B in bf16
@@ -228,7 +228,7 @@ def main():
     parser.add_argument("--output", help="where --input's translations go: the same lines with hyp and finish")
     add_engine_arguments(parser)
     args = parser.parse_args()
-    at_least_one(args, "batch_size", "max_new_tokens")
+    at_least(1, args, "batch_size", "max_new_tokens")
     if args.input is not None:
         if args.output is None or args.text is not None or args.src or args.tgt:
             raise UserError("--input goes with --output, and the file's lines name the languages: no text, --src or --tgt")

@@ -20,7 +20,7 @@ from pathlib import Path
 from baselines import add_system_argument, engine_of
 from data import PIVOT, length_ratio, pair_row, parse_languages, read_jsonl
 from devices import claim_run, init_distributed
-from files import UserError, at_least_one, file_sha256, markdown, read_json, run_main, write_atomic, write_jsonl
+from files import UserError, at_least, file_sha256, markdown, read_json, run_main, write_atomic, write_jsonl
 from generate import add_engine_arguments, translate_jsonl
 from scores import language_identifier
 
@@ -58,7 +58,7 @@ def main():
     add_engine_arguments(parser)
     add_system_argument(parser)
     args = parser.parse_args()
-    at_least_one(args, "batch_size", "max_new_tokens")
+    at_least(1, args, "batch_size", "max_new_tokens")
     if args.pairs < 1 or not 0 <= args.dev_share < 1 or args.max_ratio < 1:
         raise UserError("--pairs must be at least 1, --dev-share in [0, 1), --max-ratio at least 1")
     out, source_file = Path(args.out), Path(args.data) / "pivot.source.jsonl"

@@ -23,7 +23,7 @@ import model as backbone
 from crosslora import GROUPS, ROUTES, CrossLoRA, load_adapter, router_load, save_adapter
 from data import FORMATS, IGNORE, Tokenizer, collate, encode, epoch_order, group_of, read_stage_data, target_count
 from devices import add_device_arguments, claim_run, device_and_dtype, init_distributed, sum_over_ranks
-from files import UserError, at_least_one, claim, file_sha256, resolve, run_main, write_atomic
+from files import UserError, at_least, claim, file_sha256, resolve, run_main, write_atomic
 
 
 def rdrop_sums(logits1, logits2, labels):
@@ -217,7 +217,7 @@ def parse_args():
     args = parser.parse_args()
     args.out = args.out or f"runs/stage{args.stage}"
     args.epochs = {1: 3, 2: 2}[args.stage] if args.epochs is None else args.epochs
-    at_least_one(args, "rank", "top_k", "epochs", "max_steps", "batch_size", "micro_batch_size", "max_length", "save_every", "log_every")
+    at_least(1, args, "rank", "top_k", "epochs", "max_steps", "batch_size", "micro_batch_size", "max_length", "save_every", "log_every")
     if args.micro_batch_tokens is None:
         args.micro_batch_tokens = args.micro_batch_size * args.max_length
     if not 0 <= args.seed < 2**31:

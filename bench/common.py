@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "examples/tiny")]
 import model as backbone  # noqa: E402
 from crosslora import TARGET_MODULES, CrossLoRA  # noqa: E402
-from data import LANGUAGES, PIVOT, read_flores, read_opus  # noqa: E402
+from data import LANGUAGES, PIVOT, Tokenizer, read_flores, read_opus  # noqa: E402
 
 SIZES = {  # XS is for the tests; S; M: Qwen2.5-0.5B's shape; L: Llama-3-8B's
     "XS": dict(kind="qwen2", tokenizer="none", vocab_size=4000, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
@@ -79,14 +79,30 @@ def make_checkpoint(size, folder, shared, dtype=torch.float32):
     return model_class
 
 
+def tokenizer_of(size, folder, cfg):
+    """The tokenizer of make_checkpoint's folder, with the chat format of a real model or none."""
+    return Tokenizer(folder, cfg, "auto" if size in "ML" else "plain")
+
+
+def random_adapter(cfg, languages, device):
+    adapter = CrossLoRA(cfg, list(languages)).to(device)
+    for name, p in adapter.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.01)  # at B = 0 R-Drop's two passes are equal and the KL has nothing to compute
+    return adapter
+
+
+def prompts_and_limits(tokenizer, rows):
+    """What there is to decode: token ids of every prompt, and how many new tokens its reference has, end of turn included."""
+    prompts = [tokenizer.prompt(row["src_lang"], row["tgt_lang"], row["src"]) for row in rows]
+    return prompts, [len(tokenizer.ids(row["tgt"].strip())) + 1 for row in rows]
+
+
 def load_both(size, folder, shared, device, dtype):
     """(our model, our adapter, the peer): the same random checkpoint, and peft's LoRA of rank 16 with the experts of de and zh."""
     model_class = make_checkpoint(size, folder, shared)
     lm = backbone.load(folder, device, dtype)
-    adapter = CrossLoRA(lm.cfg, list(LANGUAGES)).to(device)
-    for name, p in adapter.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(p, std=0.01)  # at B = 0 R-Drop's two passes are equal and the KL has nothing to compute
+    adapter = random_adapter(lm.cfg, LANGUAGES, device)
     config = peft.LoraConfig(r=16, lora_alpha=64, lora_dropout=0.1, target_modules=list(TARGET_MODULES))
     peer = peft.get_peft_model(model_class.from_pretrained(folder, dtype=dtype).to(device), config)
     with torch.no_grad():
@@ -108,8 +124,14 @@ def toy_pairs(count):
     return pairs
 
 
+def sentence_rows(shared, count):
+    """(rows as in a JSONL file, in all 30 directions, and where they come from): real text where it is at hand, else the toy world."""
+    pairs, source = sentence_pairs(shared, count)
+    return [dict(zip(("src_lang", "tgt_lang", "src", "tgt"), pair)) for pair in pairs], source
+
+
 def sentence_pairs(shared, count):
-    """(src_lang, tgt_lang, src, tgt) in all 30 directions: real text where it is at hand, else the toy world."""
+    """(src_lang, tgt_lang, src, tgt) of sentence_rows."""
     import random
 
     root, rng = Path(shared) / "data", random.Random(0)

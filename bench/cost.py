@@ -13,11 +13,10 @@ from types import SimpleNamespace
 
 import torch
 
-from common import alternate, bench_parser, machine, make_checkpoint, ratios, report, sentence_pairs
+from common import alternate, bench_parser, machine, make_checkpoint, prompts_and_limits, random_adapter, ratios, report, sentence_rows, tokenizer_of
 
 import model as backbone
-from crosslora import CrossLoRA
-from data import LANGUAGES, Tokenizer, encode
+from data import LANGUAGES, encode
 from devices import Ranks, device_and_dtype
 from generate import Row, decode, decoding_order
 from train import backward
@@ -33,21 +32,15 @@ def main():
     folder = Path(args.work) / args.size
     make_checkpoint(args.size, folder, args.shared)
     lm = backbone.load(folder, device, dtype)
-    tokenizer = Tokenizer(folder, lm.cfg, "auto" if args.size in "ML" else "plain")
-    pairs, source = sentence_pairs(args.shared, max(args.pairs, args.sentences))
-    rows = [dict(zip(("src_lang", "tgt_lang", "src", "tgt"), pair)) for pair in pairs]
+    tokenizer = tokenizer_of(args.size, folder, lm.cfg)
+    rows, source = sentence_rows(args.shared, max(args.pairs, args.sentences))
     examples, _ = encode(tokenizer, rows[: args.pairs])
     rows = rows[: args.sentences]
     assert len(examples) == args.pairs <= len(rows), "a pair is too long, or --pairs is more than --sentences"
-    prompts = [tokenizer.prompt(row["src_lang"], row["tgt_lang"], row["src"]) for row in rows]
-    limits = [len(tokenizer.ids(row["tgt"].strip())) + 1 for row in rows]
+    prompts, limits = prompts_and_limits(tokenizer, rows)
     settings = SimpleNamespace(micro_batch_size=4, micro_batch_tokens=2048, rdrop_alpha=0.1, normalize="tokens")
-    six, hundred, rng = list(LANGUAGES), [f"l{i}" for i in range(100)], random.Random(0)
-    adapters = {6: CrossLoRA(lm.cfg, six).to(device), 100: CrossLoRA(lm.cfg, hundred).to(device)}
-    for adapter in adapters.values():
-        for name, p in adapter.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.normal_(p, std=0.01)
+    hundred, rng = [f"l{i}" for i in range(100)], random.Random(0)
+    adapters = {len(languages): random_adapter(lm.cfg, languages, device) for languages in (LANGUAGES, hundred)}
     directions = {
         "plain LoRA": (6, [("de", "zh")] * len(rows)),
         "6 languages": (6, [(row["src_lang"], row["tgt_lang"]) for row in rows]),

@@ -16,9 +16,8 @@ from pathlib import Path
 import torch
 from transformers import StoppingCriteria
 
-from common import alternate, bench_parser, load_both, machine, matmul_rate, now, ratios, report, sentence_pairs
+from common import alternate, bench_parser, load_both, machine, matmul_rate, now, prompts_and_limits, ratios, report, sentence_rows, tokenizer_of
 
-from data import Tokenizer
 from devices import device_and_dtype
 from generate import Row, decode, decoding_order
 
@@ -63,11 +62,9 @@ def main():
     folder = Path(args.work) / args.size
     lm, adapter, peer = load_both(args.size, folder, args.shared, device, dtype)
     peers = {"unmerged": peer.eval(), "merged": copy.deepcopy(peer).merge_and_unload().eval()}
-    tokenizer = Tokenizer(folder, lm.cfg, "auto" if args.size in "ML" else "plain")
-    pairs, source = sentence_pairs(args.shared, args.sentences)
-    rows = [dict(zip(("src_lang", "tgt_lang", "src", "tgt"), pair)) for pair in pairs]
-    prompts = [tokenizer.prompt(row["src_lang"], row["tgt_lang"], row["src"]) for row in rows]
-    limits = [len(tokenizer.ids(row["tgt"].strip())) + 1 for row in rows]  # with the end of turn
+    tokenizer = tokenizer_of(args.size, folder, lm.cfg)
+    rows, source = sentence_rows(args.shared, args.sentences)
+    prompts, limits = prompts_and_limits(tokenizer, rows)
 
     def ours(one_way=False):
         order = decoding_order(rows)

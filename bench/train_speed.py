@@ -15,10 +15,10 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
-from common import alternate, bench_parser, load_both, machine, matmul_rate, peak_bytes, peak_in_a_fresh_process, ratios, report, sentence_pairs
+from common import alternate, bench_parser, load_both, machine, matmul_rate, peak_bytes, peak_in_a_fresh_process, ratios, report, sentence_rows, tokenizer_of
 
 from crosslora import TARGET_MODULES
-from data import IGNORE, Tokenizer, collate, encode, target_count
+from data import IGNORE, collate, encode, target_count
 from devices import Ranks, device_and_dtype
 from train import backward
 
@@ -63,9 +63,8 @@ def main():
     device, dtype = device_and_dtype("auto")
     folder = Path(args.work) / args.size
     lm, adapter, peer = load_both(args.size, folder, args.shared, device, dtype)
-    tokenizer = Tokenizer(folder, lm.cfg, "auto" if args.size in "ML" else "plain")
-    pairs, source = sentence_pairs(args.shared, args.pairs)
-    rows = [dict(zip(("src_lang", "tgt_lang", "src", "tgt"), pair)) for pair in pairs]
+    tokenizer = tokenizer_of(args.size, folder, lm.cfg)
+    rows, source = sentence_rows(args.shared, args.pairs)
     examples, _ = encode(tokenizer, rows)
 
     settings = SimpleNamespace(micro_batch_size=args.micro_batch_size, micro_batch_tokens=512 * args.micro_batch_size, rdrop_alpha=0.1, normalize="tokens")
