@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from files import UserError, read_json, write_atomic
+from kernels import linear
 
 ROPE_KEYS = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}  # Llama-3.1's
 
@@ -102,15 +103,6 @@ def rotate(x, cos, sin):
     """RoPE on split halves: x (B, heads, T, K), cos and sin (B, 1, T, K/2)."""
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
-
-
-def linear(x, weight, bias=None):
-    """F.linear: x (..., M) times weight (N, M). On a CPU the weight is the left factor where tokens are few, as in
-    decoding: MKL repacks the right one, and that takes longer than the product. Measured in bench/NOTES.md."""
-    if x.is_cuda or x.numel() > 256 * x.shape[-1]:
-        return F.linear(x, weight, bias)
-    y = (weight @ x.flatten(0, -2).t()).t().contiguous().view(*x.shape[:-1], -1)  # (N, M) x (M, B*T) -> (B, T, N)
-    return y if bias is None else y.add_(bias)
 
 
 class Linear(nn.Linear):
@@ -206,8 +198,7 @@ class MLP(nn.Module):
 
     def forward(self, x, lora):
         def project(name, x):
-            y = getattr(self, name)(x)  # W_0 x, the frozen part of eq. 1
-            return y if lora is None else y.add_(lora[name](x))
+            return linear(x, getattr(self, name).weight, update=None if lora is None else lora[name](x))  # eq. 1: W_0 x and the update
 
         return project("down_proj", F.silu(project("gate_proj", x)) * project("up_proj", x))
 
@@ -274,8 +265,11 @@ class CausalLM(nn.Module):
 
     def head(self, hidden):
         """Logits (..., V) of hidden states (..., D)."""
-        head = self.model.embed_tokens if self.cfg.tie_word_embeddings else self.lm_head
-        return linear(hidden, head.weight)
+        return linear(hidden, self.head_weight)
+
+    @property
+    def head_weight(self):
+        return (self.model.embed_tokens if self.cfg.tie_word_embeddings else self.lm_head).weight  # (V, D)
 
     def fingerprint(self):
         """16 hex digits that tell backbones apart: configuration and samples of two weights, the same in fp32 and

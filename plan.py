@@ -9,6 +9,7 @@ import model as backbone
 from crosslora import CrossLoRA
 from data import LANGUAGES, Tokenizer, encode, read_stage_data, target_count
 from files import UserError, resolve
+from kernels import LOGITS
 
 
 def saved_bytes(cfg, rows, tokens, targets, element):
@@ -16,12 +17,11 @@ def saved_bytes(cfg, rows, tokens, targets, element):
     `tokens` each, `targets` in all, activations of `element` bytes.
 
     A layer keeps two fp32 norm inputs, attention's q, k, v and output, the dropped inputs of three LoRA branches with
-    their masks, and SwiGLU's three factors; frozen projections keep nothing. The loss keeps about three fp32 copies
-    of its logits beside the logits themselves.
+    their masks, and SwiGLU's three factors; frozen projections keep nothing. The loss keeps a gradient of its states.
     """
     D, F_, heads = cfg.hidden_size, cfg.intermediate_size, 2 * (cfg.num_attention_heads + cfg.num_key_value_heads) * cfg.head_dim
     layer = D * (2 * 4 + 2 * (1 + element)) + heads * element + F_ * (3 * element + 1 + element)
-    return rows * tokens * cfg.num_hidden_layers * layer + targets * cfg.vocab_size * (3 * 4 + element)
+    return rows * tokens * cfg.num_hidden_layers * layer + targets * D * element
 
 
 def dry_run(args):
@@ -63,8 +63,10 @@ def dry_run(args):
         rows = min(math.ceil(max(1, args.micro_batch_tokens / length)), args.batch_size)
     most = args.batch_size if args.micro_batch_tokens else rows  # rows, if they are short
     for what, element in (("bf16 backbone (GPU)", 2), ("fp32 backbone (CPU)", 4)):
-        # fp32 weight, gradient and two moments are 16 bytes a trained parameter; an expert of A and of B is gathered a row
-        parts = [frozen * element, 16 * trained, most * passes * expert * element,
-                 saved_bytes(cfg, rows * passes, length, rows * passes * targets, element)]
+        # fp32 weight, gradient and two moments are 16 bytes a trained parameter; an expert of A and of B is gathered a row;
+        # beside the logits of LOGITS targets the loss holds about four fp32 copies of them
+        parts = [frozen * element, 16 * trained, most * expert * element,
+                 saved_bytes(cfg, rows * passes, length, rows * passes * targets, element)
+                 + passes * min(LOGITS, rows * targets) * cfg.vocab_size * (4 * 4 + element)]
         print(f"memory:     at most {sum(parts) / 2**30:.1f} GiB a process, {what}: weights {parts[0] / 2**30:.1f}, adapter with gradient and Adam {parts[1] / 2**30:.1f}, "
               f"gathered experts {parts[2] / 2**30:.1f}, activations {parts[3] / 2**30:.1f} ({rows} pairs of {length} tokens)")

@@ -4,7 +4,7 @@
     torchrun --nproc_per_node=2 train.py --stage 2 --data data --pseudo runs/pseudo --out runs/stage2
 
 Plain `python train.py` is the same run in one process. The same command again resumes from the last checkpoint.
-B micro-batch rows, T tokens, N target tokens, D hidden, V vocabulary.
+B micro-batch rows, P passes, T tokens, N target tokens, D hidden.
 """
 
 import argparse
@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from tqdm import tqdm
 
 import model as backbone
@@ -24,35 +23,19 @@ from crosslora import GROUPS, ROUTES, CrossLoRA, load_adapter, router_load, save
 from data import FORMATS, IGNORE, Tokenizer, collate, encode, epoch_order, group_of, read_stage_data, target_count
 from devices import add_device_arguments, claim_run, device_and_dtype, init_distributed, sum_over_ranks
 from files import UserError, at_least, claim, file_sha256, resolve, run_main, write_atomic
+from kernels import head_loss
 
 
-def rdrop_sums(logits1, logits2, labels):
-    """Summed NLL and KL of two passes over the same targets (section 3.4).
-
-    logits1, logits2: (N, V), labels: (N,). Returns (nll, kl), fp32 scalars, sums over the N target tokens of eq. 8's
-    and eq. 7's terms; dividing by M is the caller's, since M counts the whole effective batch.
-    """
-    logp1, logp2 = F.log_softmax(logits1.float(), dim=-1), F.log_softmax(logits2.float(), dim=-1)
-    nll = (F.nll_loss(logp1, labels, reduction="sum") + F.nll_loss(logp2, labels, reduction="sum")) / 2  # eq. 8
-    # eq. 7: KL(p1||p2) + KL(p2||p1) = sum_v (p1 - p2)(log p1 - log p2), halved
-    kl = ((logp1.exp() - logp2.exp()) * (logp1 - logp2)).sum() / 2
-    return nll, kl
-
-
-def forward_sums(model, adapter, examples, dtype, rdrop, dropout):
-    """(nll, kl) summed over the target tokens of a micro-batch. R-Drop's two passes are one batch of 2B rows, each
-    copy with its own dropout; without R-Drop (eq. 6) there is one pass and kl is 0."""
-    device = model.inv_freq.device
+def forward_sums(model, adapter, examples, dtype, rdrop_alpha, dropout):
+    """(loss, nll, kl) of kernels.head_loss, summed over the target tokens of a micro-batch. Where rdrop_alpha > 0, every
+    row stands there twice, each copy with its own dropout, the two side by side so that they share their experts."""
+    device, passes = model.inv_freq.device, 2 if rdrop_alpha > 0 else 1
     tokens, labels = (t.to(device) for t in collate(examples))  # (B, T)
-    passes = 2 if rdrop else 1
-    lora = adapter([e.src_lang for e in examples] * passes, [e.tgt_lang for e in examples] * passes, dtype, dropout)
-    hidden = model(tokens.repeat(passes, 1), lora)  # (passes * B, T, D)
+    lora = adapter([e.src_lang for e in examples], [e.tgt_lang for e in examples], dtype, dropout)
+    hidden = model(tokens.repeat_interleave(passes, 0), lora)  # (B*P, T, D)
     at = labels != IGNORE  # (B, T), N of them: the head is applied to these only
-    logits = model.head(hidden[at.repeat(passes, 1)])  # (passes * N, V), both passes in one product
-    if not rdrop:
-        nll = F.cross_entropy(logits.float(), labels[at], reduction="sum")  # eq. 6
-        return nll, nll.new_zeros(())
-    return rdrop_sums(*logits.chunk(2), labels[at])
+    before = hidden.unflatten(0, (-1, passes)).transpose(1, 2)[at]  # (B*P, T, D) -> (B, P, T, D) -> (N, P, D)
+    return head_loss(before, model.head_weight, labels[at], rdrop_alpha)
 
 
 def denominator(examples, normalize):
@@ -88,9 +71,9 @@ def backward(model, adapter, batch, args, ranks, dtype):
     mine = sorted(batch, key=lambda e: len(e.ids))[ranks.rank :: ranks.world]  # similar lengths share a micro-batch
     sums = torch.zeros(2, device=model.inv_freq.device)
     for part in micro_batches(mine, args):
-        nll, kl = forward_sums(model, adapter, part, dtype, args.rdrop_alpha > 0, dropout=True)
-        ((nll + args.rdrop_alpha * kl) / M).backward()  # eq. 9
-        sums += torch.stack((nll.detach(), kl.detach()))
+        loss, nll, kl = forward_sums(model, adapter, part, dtype, args.rdrop_alpha, dropout=True)
+        (loss / M).backward()
+        sums += torch.stack((nll, kl))
     if ranks.world > 1:
         sync_gradients(adapter, sums)
     return sums
@@ -137,8 +120,8 @@ def evaluate_dev(model, adapter, examples, args, ranks, dtype):
         for index in range(ranks.rank * size, len(rows), ranks.world * size):
             part = rows[index : index + size]
             torch.manual_seed(index)  # the same masks at every evaluation
-            nll = forward_sums(model, adapter, part, dtype, rdrop=False, dropout=False)[0]
-            kl = forward_sums(model, adapter, part, dtype, rdrop=True, dropout=True)[1] if args.rdrop_alpha > 0 else 0.0
+            nll = forward_sums(model, adapter, part, dtype, 0, dropout=False)[1]
+            kl = forward_sums(model, adapter, part, dtype, args.rdrop_alpha, dropout=True)[2] if args.rdrop_alpha > 0 else 0.0
             sums[g] += torch.tensor([float(nll), float(kl), sum(target_count(e) for e in part)], dtype=torch.float64)
     sums = sum_over_ranks(sums, ranks, model.inv_freq.device)
 

@@ -10,11 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import model as backbone
+import kernels
 from conftest import ROOT, randomise
 from crosslora import CrossLoRA, kept
 from data import LANGUAGES
 from generate import Row, decode
+from kernels import linear
 from test_train import close, one_process
 from train import micro_batches
 
@@ -51,7 +52,7 @@ def test_passes_cut_by_tokens_give_the_same_gradient(checkpoint, sentences):
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.001])
 def test_dropout_keeps_each_element_with_its_probability(p):
     torch.manual_seed(0)
-    mask = kept(torch.empty(401, 999), p)
+    mask = kept(torch.empty(401, 999), p).bool()
     n, sigma = mask.numel(), (p * (1 - p) / mask.numel()) ** 0.5
     dropped = ~mask
     assert abs(dropped.double().mean() - p) < 5 * sigma + 2**-16
@@ -60,7 +61,7 @@ def test_dropout_keeps_each_element_with_its_probability(p):
     for shift in (1, 2, 3, 4, 999):  # neighbours are independent
         both = (dropped.flatten()[shift:] & dropped.flatten()[:-shift]).double().mean()
         assert abs(both - p * p) < 6 * (p * p / n) ** 0.5 + 2**-15
-    assert not torch.equal(mask, kept(torch.empty(401, 999), p))
+    assert not torch.equal(mask, kept(torch.empty(401, 999), p).bool())
 
 
 def test_dropout_leaves_the_expectation(lm):
@@ -84,13 +85,43 @@ def test_grouped_rows_equal_gathered_rows(lm, variant):
             assert torch.allclose(a[name](x), b[name](x), atol=1e-5) and a[name](x).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("tokens", [1, 7, 256, 300])
-def test_linear_is_torchs(tokens):
+@pytest.mark.parametrize("dtype, close", [(torch.float32, 1e-5), (torch.float64, 1e-12), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize("tokens", [1, 7, 300])
+def test_linear_is_torchs_with_the_update_added(tokens, dtype, close):
+    """Value and gradient, for a frozen weight and for one that learns; gradients go where they are wanted only."""
     torch.manual_seed(0)
-    x, weight, bias = torch.randn(1, tokens, 24), torch.randn(40, 24), torch.randn(40)
-    for b in (None, bias):
-        y = backbone.linear(x, weight, b)
-        assert y.shape == (1, tokens, 40) and y.is_contiguous() and torch.allclose(y, F.linear(x, weight, b), atol=1e-5)
+    shapes = dict(x=(2, tokens, 24), weight=(40, 24), bias=(40,), update=(2, tokens, 40))
+    tensors = {name: torch.randn(shape, dtype=dtype) for name, shape in shapes.items()}
+    for bias, update, learns in itertools.product((False, True), (False, True), (("x",), ("update",), ("x", "update"), ("x", "weight"))):
+        given = {k: v for k, v in tensors.items() if k in ("x", "weight") or k == "bias" and bias or k == "update" and update}
+        leaves = [given[k].requires_grad_() for k in learns if k in given]
+        y, plain = linear(**given), F.linear(given["x"], given["weight"], given.get("bias"))
+        plain = plain + given["update"] if update else plain
+        assert y.shape == plain.shape and torch.allclose(y, plain, atol=close, rtol=close)
+        grad = torch.randn_like(plain)
+        for mine, theirs in zip(*(torch.autograd.grad(out, leaves, grad) if leaves else () for out in (y, plain))):
+            assert torch.allclose(mine, theirs, atol=10 * close, rtol=10 * close)
+        for leaf in leaves:
+            leaf.requires_grad_(False)
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_head_loss_is_the_same_in_every_cut(passes, monkeypatch):
+    """However many targets share a product and a block: plain torch's loss, and its gradient by the hidden states."""
+    torch.manual_seed(0)
+    hidden, head, labels = torch.randn(23, passes, 8, requires_grad=True), torch.randn(50, 8), torch.randint(50, (23,))
+    logp = (hidden @ head.t()).log_softmax(-1)
+    nll = -sum(logp[n, p, y] for n, y in enumerate(labels) for p in range(passes)) / passes
+    kl = sum(F.kl_div(logp[:, p], logp[:, 1 - p], reduction="sum", log_target=True) for p in range(passes)) / 2 if passes == 2 else nll * 0
+    (wanted,) = torch.autograd.grad(nll + 0.7 * kl, hidden)
+    for logits, block in ((512, 2**20), (5, 2**20), (23, 200), (7, 1)):
+        monkeypatch.setattr(kernels, "LOGITS", logits)
+        monkeypatch.setattr(kernels, "BLOCK", block)
+        parts = kernels.head_loss(hidden, head, labels, 0.7)
+        assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in zip(parts, (nll + 0.7 * kl, nll, kl)))
+        assert torch.allclose(torch.autograd.grad(parts[0], hidden)[0], wanted, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        assert torch.allclose(kernels.head_loss(hidden, head, labels, 0.7)[0], nll + 0.7 * kl, rtol=1e-4)
 
 
 def test_waiting_rows_take_the_places_of_ended_ones(engine, monkeypatch):

@@ -23,13 +23,15 @@ from data import LANGUAGES, Tokenizer, encode
 from devices import Ranks, device_and_dtype
 from files import write_jsonl
 from generate import load_engine, translate_batch
+from kernels import head_loss
 from plan import saved_bytes
-from train import backward, denominator, evaluate_dev, forward_sums, lr_factor, rdrop_sums
+from train import backward, denominator, evaluate_dev, forward_sums, lr_factor
 
 
 def test_rdrop_equals_the_equations_written_out():
     torch.manual_seed(0)
-    logits = [torch.randn(5, 11, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    hidden, head = torch.randn(5, 2, 6, requires_grad=True), torch.randn(11, 6)
+    logits = [(hidden[:, p].double() @ head.double().t()) for p in range(2)]
     labels = torch.tensor([3, 0, 10, 7, 7])
     total = torch.zeros((), dtype=torch.float64)
     nll_naive, kl_naive = total.clone(), total.clone()
@@ -38,13 +40,12 @@ def test_rdrop_equals_the_equations_written_out():
         nll_naive = nll_naive - (torch.log(p1[labels[token]]) + torch.log(p2[labels[token]])) / 2  # eq. 8, times M
         for v in range(11):  # eq. 7, times M
             kl_naive = kl_naive + (p1[v] * torch.log(p1[v] / p2[v]) + p2[v] * torch.log(p2[v] / p1[v])) / 2
-    nll, kl = rdrop_sums(*logits, labels)
-    assert torch.allclose(nll.double(), nll_naive, rtol=1e-5) and torch.allclose(kl.double(), kl_naive, rtol=1e-5)
     for alpha in (0.1, 5.0):
-        naive = torch.autograd.grad(nll_naive + alpha * kl_naive, logits, retain_graph=True)  # eq. 9
-        ours = torch.autograd.grad(nll + alpha * kl, logits, retain_graph=True)
-        for a, b in zip(ours, naive):
-            assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+        loss, nll, kl = head_loss(hidden, head, labels, alpha)
+        assert torch.allclose(nll.double(), nll_naive, rtol=1e-5) and torch.allclose(kl.double(), kl_naive, rtol=1e-5)
+        assert torch.allclose(loss.double(), nll_naive + alpha * kl_naive, rtol=1e-5)
+        naive = torch.autograd.grad(3 * (nll_naive + alpha * kl_naive), hidden, retain_graph=True)[0]  # eq. 9
+        assert torch.allclose(torch.autograd.grad(3 * loss, hidden)[0], naive, rtol=1e-4, atol=1e-4)
 
 
 def settings(**changes):
@@ -124,14 +125,14 @@ def test_a_training_step_is_eq_9_over_two_different_passes(checkpoint, sentences
     torch.manual_seed(11)
     T = max(len(e.ids) for e in examples) - 1
     tokens = torch.zeros(12, T, dtype=torch.long)
-    for row, e in enumerate(examples * 2):
+    for row, e in enumerate(e for e in examples for _ in range(2)):
         tokens[row, : len(e.ids) - 1] = torch.tensor(e.ids[:-1])
-    lora = adapter([e.src_lang for e in examples * 2], [e.tgt_lang for e in examples * 2], dropout=True)
+    lora = adapter([e.src_lang for e in examples for _ in range(2)], [e.tgt_lang for e in examples for _ in range(2)], dropout=True)
     p = lm.head(lm(tokens, lora)).softmax(-1)
     nll = kl = count = 0
     for row, e in enumerate(examples):
         for t in range(e.prompt_length - 1, len(e.ids) - 1):
-            p1, p2, y = p[row, t], p[row + 6, t], int(e.ids[t + 1])
+            p1, p2, y = p[2 * row, t], p[2 * row + 1, t], int(e.ids[t + 1])
             nll = nll - (p1[y].log() + p2[y].log()) / 2
             kl = kl + ((p1 * (p1 / p2).log()).sum() + (p2 * (p2 / p1).log()).sum()) / 2
             count += 1
@@ -172,22 +173,22 @@ def test_dtype_flag_decides_in_one_place(checkpoint, data, tmp_path):
 
 def test_rdrop_passes_differ_and_none_is_run_without_it(checkpoint, sentences):
     lm, adapter, examples = setup(checkpoint, sentences, dropout=0.3)
-    assert forward_sums(lm, adapter, examples[:4], torch.float32, rdrop=True, dropout=True)[1] > 1e-3
-    assert abs(forward_sums(lm, adapter, examples[:4], torch.float32, rdrop=True, dropout=False)[1]) < 1e-4
+    assert forward_sums(lm, adapter, examples[:4], torch.float32, 0.1, dropout=True)[2] > 1e-3
+    assert abs(forward_sums(lm, adapter, examples[:4], torch.float32, 0.1, dropout=False)[2]) < 1e-4
     widths = []
     lm.model.norm.register_forward_hook(lambda m, i, o: widths.append(o.shape[0]))
-    assert forward_sums(lm, adapter, examples[:4], torch.float32, rdrop=False, dropout=True)[1] == 0
+    assert forward_sums(lm, adapter, examples[:4], torch.float32, 0, dropout=True)[2] == 0
     assert widths == [4]
 
 
 def test_dev_loss_by_group(checkpoint, sentences):
     lm, adapter, examples = setup(checkpoint, sentences, dropout=0.2)
     report = evaluate_dev(lm, adapter, examples, settings(), Ranks(0, 1), torch.float32)
-    nll = sum(forward_sums(lm, adapter, [e], torch.float32, False, False)[0].item() for e in examples)
+    nll = sum(forward_sums(lm, adapter, [e], torch.float32, 0, False)[1].item() for e in examples)
     assert math.isclose(report["nll"], nll / denominator(examples, "tokens"), rel_tol=1e-4)
     assert math.isclose(report["loss"], report["nll"] + 0.1 * report["kl"], abs_tol=2e-6) and report["kl"] > 0
     english = [e for e in examples if "en" in (e.src_lang, e.tgt_lang)]
-    nll = sum(forward_sums(lm, adapter, [e], torch.float32, False, False)[0].item() for e in english)
+    nll = sum(forward_sums(lm, adapter, [e], torch.float32, 0, False)[1].item() for e in english)
     assert math.isclose(report["english"]["nll"], nll / denominator(english, "tokens"), rel_tol=1e-4)
     assert report == evaluate_dev(lm, adapter, examples, settings(), Ranks(0, 1), torch.float32)
 
@@ -388,7 +389,7 @@ def test_expected_memory_is_what_autograd_keeps(checkpoint, sentences):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        nll, kl = forward_sums(lm, adapter, examples, torch.float32, rdrop=True, dropout=True)
+        loss, _, _ = forward_sums(lm, adapter, examples, torch.float32, 0.1, dropout=True)
     real = sum(size for size, _ in kept.values())
     T, targets = max(len(e.ids) for e in examples) - 1, 2 * sum(len(e.ids) - e.prompt_length for e in examples)
     assert 0.7 < saved_bytes(lm.cfg, 16, T, targets, 4) / real < 1.4
