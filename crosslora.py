@@ -52,47 +52,45 @@ def parse_groups(text, languages):
 
 
 def kept(x, p):
-    """Dropout's mask, true with probability 1 - p (to 2^-16) at each element of x. Sixteen random bits an element take
+    """Dropout's mask, 1 with probability 1 - p (to 2^-16) at each element of x. Sixteen random bits an element take
     a quarter of the time that torch's generator takes on a CPU."""
     bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None)
-    kept = bits.view(torch.int16)[: x.numel()].view(x.shape) >= min(round(p * 2**16), 2**16 - 1) - 2**15
-    return kept.view(torch.int8)  # a product with int8 takes a third of the time of one with bool
+    mask = bits.view(torch.int16)[: x.numel()].view(x.shape) >= min(round(p * 2**16), 2**16 - 1) - 2**15
+    return mask.view(torch.int8)  # a product with int8 takes a third of the time of one with bool
 
 
 class LowRank:
-    """The update of one projection for the rows of a batch: x (B, T, D_in) -> (B, T, D_out)."""
+    """The update of one projection for the rows of a batch: x (rows, T, D_in) -> (rows, T, D_out).
 
-    def __init__(self, A, B, scale, dropout):
-        self.A, self.B, self.scale, self.dropout = A, B, scale, dropout  # A (B, R, D_in), B (B, D_out, R)
+    A (a, R, D_in) and B (b, D_out, R) hold an expert for each block of S rows. In training a block is one row, or its P
+    copies side by side. In decoding `moves` gathers rows of one expert: into A's blocks, across to B's and back, see blocks().
+    """
+
+    def __init__(self, A, B, scale, dropout=0.0, moves=(None, None, None)):
+        self.A, self.B, self.scale, self.dropout, self.moves = A, B, scale, dropout, moves
 
     def __call__(self, x):
-        shape = x.shape[:-1]
-        x = x.view(len(self.A), -1, x.shape[-1])  # (B*P, T, D_in) -> (B, P*T, D_in)
+        move = lambda x, rows: x if rows is None else x.index_select(0, rows)
+        T, (into, across, back) = x.shape[1], self.moves
+        x = move(x, into).view(len(self.A), -1, x.shape[-1])  # (rows, T, D_in) -> (a, S*T, D_in)
         x = x * kept(x, self.dropout) if self.dropout > 0 else x
-        h = torch.bmm(x, self.A.transpose(1, 2)) * (self.scale / (1 - self.dropout))  # A_src x: (B, P*T, D_in) x (B, D_in, R) -> (B, P*T, R)
-        y = torch.bmm(h, self.B.transpose(1, 2))  # eq. 4: (B, P*T, R) x (B, R, D_out) -> (B, P*T, D_out)
-        return y.view(*shape, -1)  # (B, P*T, D_out) -> (B*P, T, D_out)
+        h = torch.bmm(x, self.A.transpose(1, 2)) * (self.scale / (1 - self.dropout))  # A_src x: (a, S*T, D_in) x (a, D_in, R) -> (a, S*T, R)
+        h = move(h.view(-1, T, h.shape[-1]), across).view(len(self.B), -1, h.shape[-1])  # -> (b, S*T, R), S now of B's blocks
+        y = torch.bmm(h, self.B.transpose(1, 2))  # eq. 4: (b, S*T, R) x (b, R, D_out) -> (b, S*T, D_out)
+        return move(y.view(-1, T, y.shape[-1]), back)  # (b, S*T, D_out) -> (rows, T, D_out)
 
 
-class Grouped:
-    """LowRank without dropout, in one product for every expert present. In decoding a row is one token, and reading an
-    expert for each would take longer than the products."""
-
-    def __init__(self, A, B, a_rows, b_rows, scale):
-        self.A, self.B, self.a_rows, self.b_rows, self.scale = A, B, a_rows, b_rows, scale  # experts (M, N), see by_expert
-
-    def __call__(self, x):
-        h = by_expert(x, self.A, self.a_rows) * self.scale  # A_src x: (B, T, D_in) -> (B, T, R)
-        return by_expert(h, self.B, self.b_rows)  # eq. 4: (B, T, R) -> (B, T, D_out)
-
-
-def by_expert(x, experts, rows):
-    """x (B, T, M) times each row's expert (N, M): (B, T, N). rows: indices into B, sorted by expert, how many rows each
-    expert has, and the indices that undo the sorting."""
-    order, counts, back = rows
-    if len(experts) == 1:
-        return F.linear(x, experts[0])
-    return torch.cat([F.linear(part, expert) for part, expert in zip(x[order].split(counts), experts)])[back]
+def blocks(names):
+    """Deal rows to blocks of one size, each of one expert, given the expert of every row: (expert of each block, row of
+    each place in the blocks, place of each row). A block that is not full repeats one of its rows."""
+    own = {}
+    for row, name in enumerate(names):
+        own.setdefault(name, []).append(row)
+    size = -(-len(names) // len(own))  # as many experts as rows: every row is a block, and none has to move
+    dealt = sorted(((rows[i : i + size], name) for name, rows in own.items() for i in range(0, len(rows), size)), key=lambda block: block[0])
+    places = [row for rows, _ in dealt for row in rows + rows[:1] * (size - len(rows))]
+    place = {row: i for i, row in enumerate(places)}
+    return [name for _, name in dealt], places, [place[row] for row in range(len(names))]
 
 
 class RoutedLowRank:
@@ -172,7 +170,7 @@ class CrossLoRA(nn.Module):
         """The experts of each row: a list over layers of {projection: LowRank or RoutedLowRank}.
 
         src_langs, tgt_langs: B language codes. dtype: that of the backbone's activations. Gradients reach the
-        experts present and no others.
+        experts present and no others. Tokens may have P copies of every row, side by side.
         """
         scale, p = self.alpha / self.rank, self.dropout if dropout else 0.0
         if self.learned:
@@ -188,19 +186,18 @@ class CrossLoRA(nn.Module):
         ]
 
     def grouped(self, src_langs, tgt_langs, dtype=torch.float32):
-        """As forward without dropout, for decoding: a list over layers of {projection: Grouped or RoutedLowRank}."""
+        """As forward without dropout, for decoding: rows of one expert share a product. A row is one token there, and
+        reading experts for each would take longer than the products."""
         if self.learned:
             return self(src_langs, tgt_langs, dtype)
         routes = [self.route(s, t) for s, t in zip(src_langs, tgt_langs, strict=True)]
-        (a_names, a_rows), (b_names, b_rows) = (self._sorted(side) for side in zip(*routes))
-        pick = lambda experts, names: [experts[name].to(dtype) for name in names]
-        return [{name: Grouped(pick(bank.lora_A, a_names), pick(bank.lora_B, b_names), a_rows, b_rows, self.alpha / self.rank)
+        (a_names, a_rows, a_places), (b_names, b_rows, b_places) = (blocks(side) for side in zip(*routes))
+        moves = a_rows, [a_places[row] for row in b_rows], b_places
+        device = next(self.parameters()).device
+        moves = [None if rows == list(range(len(routes))) else torch.tensor(rows, device=device) for rows in moves]
+        pick = lambda experts, names: torch.stack([experts[name] for name in names]).to(dtype)  # (blocks, M, N)
+        return [{name: LowRank(pick(bank.lora_A, a_names), pick(bank.lora_B, b_names), self.alpha / self.rank, moves=moves)
                  for name, bank in layer.items()} for layer in self.layers]
-
-    def _sorted(self, names):
-        present, index = self._index(names)
-        order = index.argsort()
-        return present, (order, index.bincount(minlength=len(present)).tolist(), order.argsort())
 
     def _index(self, names):
         present = sorted(set(names))

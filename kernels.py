@@ -1,6 +1,6 @@
 """The two pieces of arithmetic that decide the speed, written by hand; tests hold each against plain torch.
 
-B rows, T tokens, N target tokens, P passes (R-Drop has two), D hidden, V vocabulary.
+N target tokens, P passes (R-Drop has two), D hidden, V vocabulary; a weight is (D_out, D_in).
 """
 
 import platform
@@ -8,21 +8,20 @@ import platform
 import torch
 import torch.nn.functional as F
 
-# torch hands fp32 products to MKL, which keeps to AVX2 on other makers' processors. oneDNN, a part of torch too, asks the
-# processor: with AVX-512 it took half the time on an AMD EPYC (bench/NOTES.md).
-ONEDNN = torch.ops.mkldnn._linear_pointwise if torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AMD64") else None
-LOGITS = 512  # target tokens whose logits are there at one time
+# torch hands fp32 products to MKL, which keeps to AVX2 on other makers' processors and is slow where tokens are few. oneDNN,
+# a part of torch too, asks the processor and took a half to nine tenths of the time on AMD EPYCs (bench/NOTES.md).
+ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AMD64") else None
+LOGITS = {"cpu": 2**23, "cuda": 2**27}  # elements held at one time; blocks over 32 MiB glibc returns at once, and fresh pages cost time
 BLOCK = 2**20  # of those, elements that a CPU works on together: 4 MiB stay in its caches from one operation to the next
 
 
 def product(x, weight, bias=None, update=None):
-    """x (..., M) times a frozen weight (N, M), plus bias (N,), plus update (..., N): (..., N), without derivatives."""
-    if ONEDNN is None or x.is_cuda or x.dtype == torch.float64:
+    """x (..., D_in) times weight, plus bias (D_out,), plus update (..., D_out): (..., D_out), without derivatives."""
+    if ONEDNN is None or x.is_cuda or x.dtype != torch.float32:
         y = F.linear(x, weight, bias)
-        return y if update is None else y.add_(update)
-    if update is None:
-        return ONEDNN(x, weight, bias, "none", [], "")
-    return ONEDNN.binary(x, update.contiguous(), weight, bias, "add")
+    else:
+        y = ONEDNN(x, weight, bias, "none", [], "")
+    return y if update is None else y.add_(update)
 
 
 class FrozenLinear(torch.autograd.Function):
@@ -41,47 +40,45 @@ class FrozenLinear(torch.autograd.Function):
 
 
 def linear(x, weight, bias=None, update=None):
-    """F.linear(x, weight, bias) + update, faster where the weight is frozen: x (..., M), weight (N, M), update (..., N)."""
+    """F.linear(x, weight, bias) + update, faster where the weight is frozen; shapes as in product."""
     if weight.requires_grad:
         y = F.linear(x, weight, bias)
         return y if update is None else y + update
-    if not torch.is_grad_enabled():
-        return product(x, weight, bias, update)
-    return FrozenLinear.apply(x, weight, bias, update)
+    return FrozenLinear.apply(x, weight, bias, update) if torch.is_grad_enabled() else product(x, weight, bias, update)
 
 
 class HeadLoss(torch.autograd.Function):
-    """Eqs. 6-9 with the head, forward and backward in one go: logits and their gradient exist for `LOGITS` targets at a
-    time, in the same memory, and what is kept for the backward pass is the gradient of the hidden states alone."""
+    """Eqs. 6-9 with the head, forward and backward in one go: logits and their gradient exist for a part of the targets
+    at a time, in the same memory, and what is kept for the backward pass is the gradient of the hidden states alone."""
 
     @staticmethod
     def forward(ctx, hidden, weight, labels, alpha):
-        grad = torch.empty_like(hidden)  # (N, P, D)
+        wanted = ctx.needs_input_grad[0]
+        grad = torch.empty_like(hidden if wanted else hidden[:, :0])  # (N, P, D)
         nll, kl = torch.zeros(2, device=hidden.device).unbind()
         P, V = hidden.shape[1], len(weight)
-        for some, grad_part, targets in zip(hidden.split(LOGITS), grad.split(LOGITS), labels.split(LOGITS)):
+        at_once = max(1, LOGITS[hidden.device.type] // (P * V))
+        block = at_once if hidden.is_cuda else max(1, BLOCK // (P * V))
+        for some, grad_part, targets in zip(*(x.split(at_once) for x in (hidden, grad, labels))):
             logits = product(some, weight)  # (n, P, D) x (D, V) -> (n, P, V)
-            block = LOGITS if logits.is_cuda else max(1, BLOCK // (P * V))
             for z, y in zip(logits.split(block), targets.split(block)):
-                y = y[:, None, None].expand(-1, P, 1)  # (n,) -> (n, P, 1)
+                y = y[:, None]  # (n,) -> (n, 1)
                 logp = z.float().log_softmax(-1)
                 p = logp.exp()
-                nll -= logp.gather(-1, y).sum() / P  # eq. 6 for one pass, eq. 8 for two
+                nll -= logp.gather(-1, y[:, None].expand(-1, P, 1)).sum() / P  # eq. 6 for one pass, eq. 8 for two
                 if P == 2:
                     (logp1, logp2), (p1, p2) = logp.unbind(1), p.unbind(1)  # (n, V) each
                     d = logp1 - logp2
                     kl1, kl2 = (p1 * d).sum(-1, keepdim=True), -(p2 * d).sum(-1, keepdim=True)  # KL(p1 || p2), KL(p2 || p1): (n, 1)
                     kl += (kl1 + kl2).sum() / 2  # eq. 7
-                if not ctx.needs_input_grad[0]:
+                if not wanted:
                     continue
                 # Twice the gradient of eq. 9 by the logits of pass 1, but for the labels: p1 + alpha (p1 (d - kl1) + p1 - p2).
-                if P == 2:
-                    z[:, 0] = torch.add(1 + alpha - alpha * kl1, d, alpha=alpha).mul_(p1).sub_(p2, alpha=alpha)
-                    z[:, 1] = torch.sub(1 + alpha - alpha * kl2, d, alpha=alpha).mul_(p2).sub_(p1, alpha=alpha)
-                else:
-                    z.copy_(p)
-                z.scatter_add_(-1, y, z.new_full((), -1).expand(y.shape))
-            if ctx.needs_input_grad[0]:
+                parts = p.unbind(1) if P == 1 else (torch.add(1 + alpha - alpha * kl1, d, alpha=alpha).mul_(p1).sub_(p2, alpha=alpha),
+                                                    torch.sub(1 + alpha - alpha * kl2, d, alpha=alpha).mul_(p2).sub_(p1, alpha=alpha))
+                for i, part in enumerate(parts):
+                    z[:, i] = part.scatter_add_(-1, y, part.new_full((), -1).expand(y.shape))  # in fp32, then rounded to the logits' precision
+            if wanted:
                 torch.div(product(logits, weight.t()), P, out=grad_part)  # (n, P, V) x (V, D) -> (n, P, D)
         ctx.save_for_backward(grad)
         ctx.mark_non_differentiable(nll, kl)
@@ -90,7 +87,7 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, by_loss, _, __):
         (grad,) = ctx.saved_tensors
-        return grad * by_loss.to(grad.dtype), None, None, None
+        return grad * by_loss, None, None, None
 
 
 def head_loss(hidden, weight, labels, alpha):

@@ -225,8 +225,8 @@ class Decoder(nn.Module):
 
 
 class CausalLM(nn.Module):
-    """The decoder with its head. `forward` gives hidden states and `head` turns them into logits, so that
-    training can apply the head (V columns) to target positions only."""
+    """The decoder with its head. `forward` gives hidden states and `head` turns them into logits, so that the head
+    (V columns) is applied where it is wanted only: to last positions in decoding, to targets in training."""
 
     def __init__(self, cfg):
         super().__init__()

@@ -54,6 +54,9 @@ def main():
     parser.add_argument("--pairs", type=int, default=20000, help="pairs wanted a direction (section 4.1)")
     parser.add_argument("--dev-share", type=float, default=0.1, help="share set aside as dev: 2,000 of 20,000 (section A.2, Table 5)")
     parser.add_argument("--max-ratio", type=float, default=2.5, help="longer over shorter side in letters, a Chinese character being three; the paper is silent")
+    parser.add_argument("--share-english", action=argparse.BooleanOptionalAction, default=True,
+                        help="one English translation of a sentence serves all targets of its language, whose pairs then share their sources; without it "
+                             "every direction has sentences of its own: more work into English, and more sentences, see data.py --pivot-pairs")
     parser.add_argument("--seed", type=int, default=0)
     add_engine_arguments(parser)
     add_system_argument(parser)
@@ -76,7 +79,7 @@ def main():
     if not set(languages) <= set(engine.languages):
         raise UserError(f"{args.adapter}: knows {', '.join(engine.languages)}, but {args.data} has {', '.join(languages)}")
     config = {**engine.identity, "pairs": args.pairs, "dev_share": args.dev_share, "max_ratio": args.max_ratio, "seed": args.seed,
-              "max_new_tokens": args.max_new_tokens, "source_sha256": file_sha256(source_file)}
+              "max_new_tokens": args.max_new_tokens, "source_sha256": file_sha256(source_file), **({} if args.share_english else {"share_english": False})}
     lock = claim_run(out, config, ranks)
     if (out / "report.json").exists():
         if ranks.rank == 0:
@@ -85,34 +88,39 @@ def main():
     sources = {lang: random.Random(f"{args.seed} {lang}").sample(list(pool.get(lang, {})), len(pool.get(lang, {}))) for lang in others}
     identify = language_identifier(languages)
     directions = [(x, y) for x in others for y in others if x != y]
+    streams = {}  # (x, the targets that its sentences serve) -> sentences
+    for x in others:
+        targets = [y for y in others if y != x]
+        streams |= {(x, *targets): sources[x]} if args.share_english else {(x, y): sources[x][i :: len(targets)] for i, y in enumerate(targets)}
     kept = {d: {} for d in directions}  # target -> pair: a target that comes twice is a duplicate
     counts = {d: Counter() for d in directions}
-    used, number = dict.fromkeys(others, 0), 0
+    used, number = dict.fromkeys(streams, 0), 0
     work = out / "rounds"
     work.mkdir(exist_ok=True)
-    missing = lambda x: max(args.pairs - len(kept[x, y]) for y in others if y != x)
-    while any(missing(x) > 0 and used[x] < len(sources[x]) for x in others):
+    missing = lambda stream: max(args.pairs - len(kept[stream[0], y]) for y in stream[1:])
+    while any(missing(stream) > 0 and used[stream] < len(streams[stream]) for stream in streams):
         number += 1
-        rows = []
-        for x in others:
+        rows, serves = [], []
+        for stream, sentences in streams.items():
             # The rate of the worst direction so far says how many more sentences the missing pairs will take.
-            rate = min((len(kept[d]) + 1) / (counts[d]["generated"] + 1) for d in directions if d[0] == x)
-            take = math.ceil(1.1 * missing(x) / max(rate, 0.1)) if missing(x) > 0 else 0
-            rows += [{"src_lang": x, "tgt_lang": PIVOT, "src": text} for text in sources[x][used[x] : used[x] + take]]
-            used[x] = min(used[x] + take, len(sources[x]))
+            rate = min((len(kept[stream[0], y]) + 1) / (counts[stream[0], y]["generated"] + 1) for y in stream[1:])
+            take = math.ceil(1.1 * missing(stream) / max(rate, 0.1)) if missing(stream) > 0 else 0
+            rows += [{"src_lang": stream[0], "tgt_lang": PIVOT, "src": text} for text in sentences[used[stream] : used[stream] + take]]
+            serves += [stream[1:]] * (len(rows) - len(serves))
+            used[stream] = min(used[stream] + take, len(sentences))
         english = translate_jsonl(engine, rows, work / f"{number}.english.jsonl", args.batch_size, args.max_new_tokens, ranks, f"round {number}: X -> en")
         rows = []
-        for row in english:
+        for row, targets in zip(english, serves):
             x, why = row["src_lang"], rejected(row, PIVOT, row["src"], identify, args.max_ratio)
-            for y in others:  # one English sentence serves all targets that still lack pairs
-                if y != x and len(kept[x, y]) < args.pairs:
+            for y in targets:  # those that still lack pairs
+                if len(kept[x, y]) < args.pairs:
                     counts[x, y]["generated"] += 1
                     if why:
                         counts[x, y][f"en: {why}"] += 1
                     else:
                         rows.append({"src_lang": PIVOT, "tgt_lang": y, "src": row["hyp"], "x_lang": x, "x": row["src"]})
-        targets = translate_jsonl(engine, rows, work / f"{number}.targets.jsonl", args.batch_size, args.max_new_tokens, ranks, f"round {number}: en -> Y")
-        for row in targets:
+        translated = translate_jsonl(engine, rows, work / f"{number}.targets.jsonl", args.batch_size, args.max_new_tokens, ranks, f"round {number}: en -> Y")
+        for row in translated:
             d, hyp = (row["x_lang"], row["tgt_lang"]), row["hyp"]
             why = rejected(row, d[1], row["x"], identify, args.max_ratio) or ("duplicate" if hyp in kept[d] else None)
             if why:
@@ -124,14 +132,15 @@ def main():
     if lock is None:
         return  # the files are the first rank's
     train, dev, report = [], [], {}
-    for d in directions:
-        # Ordered by the source's hash, so that the targets of one X set mostly the same sentences aside as dev.
-        pairs = sorted(kept[d].values(), key=lambda row: hashlib.sha256(row["src"].encode()).digest())
-        aside = round(args.dev_share * len(pairs))
-        dev += pairs[:aside]
-        train += pairs[aside:]
-        ended = "complete" if len(pairs) == args.pairs else f"source ran out after {used[d[0]]} sentences"
-        report["-".join(d)] = {**counts[d], "kept": len(pairs), "ended": ended}
+    for stream in streams:
+        for d in ((stream[0], y) for y in stream[1:]):
+            # Ordered by the source's hash, so that targets that share their sources set mostly the same sentences aside as dev.
+            pairs = sorted(kept[d].values(), key=lambda row: hashlib.sha256(row["src"].encode()).digest())
+            aside = round(args.dev_share * len(pairs))
+            dev += pairs[:aside]
+            train += pairs[aside:]
+            ended = "complete" if len(pairs) == args.pairs else f"source ran out after {used[stream]} sentences"
+            report["-".join(d)] = {"generated": 0, **counts[d], "kept": len(pairs), "ended": ended}
     write_jsonl(out / "pseudo.train.jsonl", train)
     write_jsonl(out / "pseudo.dev.jsonl", dev)
     write_atomic(out / "report.md", report_table(report))

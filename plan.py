@@ -62,11 +62,11 @@ def dry_run(args):
     if args.micro_batch_tokens:  # what fits, rounded up: somewhat shorter rows use the tokens to the last
         rows = min(math.ceil(max(1, args.micro_batch_tokens / length)), args.batch_size)
     most = args.batch_size if args.micro_batch_tokens else rows  # rows, if they are short
-    for what, element in (("bf16 backbone (GPU)", 2), ("fp32 backbone (CPU)", 4)):
+    for what, element, device in (("bf16 backbone (GPU)", 2, "cuda"), ("fp32 backbone (CPU)", 4, "cpu")):
         # fp32 weight, gradient and two moments are 16 bytes a trained parameter; an expert of A and of B is gathered a row;
-        # beside the logits of LOGITS targets the loss holds about four fp32 copies of them
+        # beside the logits that are there at one time the loss holds about four fp32 copies of them
         parts = [frozen * element, 16 * trained, most * expert * element,
                  saved_bytes(cfg, rows * passes, length, rows * passes * targets, element)
-                 + passes * min(LOGITS, rows * targets) * cfg.vocab_size * (4 * 4 + element)]
+                 + min(LOGITS[device], rows * passes * targets * cfg.vocab_size) * (4 * 4 + element)]
         print(f"memory:     at most {sum(parts) / 2**30:.1f} GiB a process, {what}: weights {parts[0] / 2**30:.1f}, adapter with gradient and Adam {parts[1] / 2**30:.1f}, "
               f"gathered experts {parts[2] / 2**30:.1f}, activations {parts[3] / 2**30:.1f} ({rows} pairs of {length} tokens)")

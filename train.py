@@ -34,7 +34,7 @@ def forward_sums(model, adapter, examples, dtype, rdrop_alpha, dropout):
     lora = adapter([e.src_lang for e in examples], [e.tgt_lang for e in examples], dtype, dropout)
     hidden = model(tokens.repeat_interleave(passes, 0), lora)  # (B*P, T, D)
     at = labels != IGNORE  # (B, T), N of them: the head is applied to these only
-    before = hidden.unflatten(0, (-1, passes)).transpose(1, 2)[at]  # (B*P, T, D) -> (B, P, T, D) -> (N, P, D)
+    before = hidden.unflatten(0, (-1, passes)).transpose(1, 2)[at]  # (B*P, T, D) -> (B, P, T, D) -> (B, T, P, D) -> (N, P, D)
     return head_loss(before, model.head_weight, labels[at], rdrop_alpha)
 
 

@@ -15,12 +15,13 @@ def ratio(r):
 
 def tables():
     """Training, decoding and CrossLoRA's own cost as markdown, a row a result file."""
-    read = lambda kind: [json.loads(path.read_text()) for path in sorted((ROOT / "bench/results").glob(f"{kind}_*.json"), reverse=True)]
-    train = [[r["size"], str(r["tokens_per_s"]["ours"]), ratio(r["ratio_usual"]), ratio(r["ratio_tuned"]), f"{r['utilisation']:.0%}",
+    read = lambda kind: [json.loads(path.read_text()) for path in sorted((ROOT / "bench/results").glob(f"{kind}_*.json"), key=lambda path: ("SML".find(path.stem.split("_")[1]), path.stem))]
+    size = lambda r: r["size"] + ("" if r["machine"]["allocator"] == "default" else ", tuned allocator")
+    train = [[size(r), str(r["tokens_per_s"]["ours"]), ratio(r["ratio_usual"]), ratio(r["ratio_tuned"]), f"{r['utilisation']:.0%}",
               f"{r['peak_mib']['ours']:,}", f"{r['peak_mib']['usual']:,}", f"{r['peak_mib']['tuned']:,}", str(r["pairs"])] for r in read("train")]
-    decode = [[r["size"], str(r["sentences_per_s"]["ours"]), str(r["output_tokens_per_s"]["ours"]), ratio(r["ratio_usual"]), ratio(r["ratio_sorted"]),
+    decode = [[size(r), str(r["sentences_per_s"]["ours"]), str(r["output_tokens_per_s"]["ours"]), ratio(r["ratio_usual"]), ratio(r["ratio_sorted"]),
                f"{r['utilisation']:.0%}", str(r["count"])] for r in read("generate")]
-    cost = [[f"{what}, {r['size']}", *(f"{value['median'] - 1:+.1%} ({value['min'] - 1:+.1%} to {value['max'] - 1:+.1%})" for value in r[what].values())]
+    cost = [[f"{what}, {size(r)}", *(f"{value['median'] - 1:+.1%} ({value['min'] - 1:+.1%} to {value['max'] - 1:+.1%})" for value in r[what].values())]
             for r in read("cost") for what in ("training", "decoding")]
     return (markdown(["size", "ours, tokens/s", "over the usual peer", "over the tuned peer", "of the product's rate", "peak MiB, ours", "usual", "tuned", "pairs"], train) + "\n"
             + markdown(["size", "ours, sentences/s", "new tokens/s", "over the usual peer", "over the sorted peer", "of the product's rate", "sentences"], decode) + "\n"

@@ -90,6 +90,20 @@ def test_pivot_command(adapter_folder, source, tmp_path):
     assert shown.returncode and "seed was 0, now 3" in shown.stderr and "RuntimeError" not in shown.stderr
 
 
+def test_pivot_shares_english_or_gives_each_direction_its_own_sentences(adapter_folder, source, tmp_path):
+    """What the flag does to the data: with it the targets of a language are made of the same sentences, without it of none in common."""
+    for flag in ("--share-english", "--no-share-english"):
+        inside(ROOT / "pivot.py", "--adapter", adapter_folder, "--data", source, "--out", tmp_path / flag, "--pairs", 9, "--max-new-tokens", 4, "--batch-size", 64, flag)
+        rows = read_rows(tmp_path / flag / "rounds/1.english.jsonl")
+        pool = Counter(r["src_lang"] for r in read_rows(source / "pivot.source.jsonl"))
+        assert Counter(row["src_lang"] for row in rows) == pool and len({(row["src_lang"], row["src"]) for row in rows}) == len(rows)
+        report = json.loads((tmp_path / flag / "report.json").read_text())
+        assert len(report) == 20
+        for x, count in pool.items():
+            generated = [r["generated"] for d, r in report.items() if d.startswith(x)]
+            assert generated == [count] * 4 if flag == "--share-english" else sum(generated) == count and max(generated) - min(generated) <= 1
+
+
 def test_pivot_bad_input(adapter_folder, source, tmp_path):
     base = (ROOT / "pivot.py", "--adapter", adapter_folder, "--out", tmp_path / "o")
     refuses(*base, "--data", tmp_path, says="pivot.source.jsonl")
