@@ -165,7 +165,7 @@ def main():
     heat_maps(directions, out / "heatmaps")
     print(direction_table(scores))
     print(table_1({out.name: scores["averages"]}) + f"\n{out / 'hypotheses.jsonl'}, {out / 'scores.json'}, {out / 'table.md'}, {out / 'heatmaps'}")
-    lock.close()  # COMET's frameworks can keep this frame, and with it the lock, alive
+    lock.close()  # after COMET this frame, and with it the lock, was seen to outlive main in one process
 
 
 if __name__ == "__main__":

@@ -53,8 +53,7 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, labels, alpha):
-        wanted = ctx.needs_input_grad[0]
-        grad = torch.empty_like(hidden if wanted else hidden[:, :0])  # (N, P, D)
+        wanted, grad = ctx.needs_input_grad[0], torch.empty_like(hidden)  # (N, P, D)
         nll, kl = torch.zeros(2, device=hidden.device).unbind()
         P, V = hidden.shape[1], len(weight)
         at_once = max(1, LOGITS[hidden.device.type] // (P * V))

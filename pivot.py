@@ -87,40 +87,40 @@ def main():
         return
     sources = {lang: random.Random(f"{args.seed} {lang}").sample(list(pool.get(lang, {})), len(pool.get(lang, {}))) for lang in others}
     identify = language_identifier(languages)
-    directions = [(x, y) for x in others for y in others if x != y]
-    streams = {}  # (x, the targets that its sentences serve) -> sentences
+    streams = {}  # directions that share their sentences -> these sentences
     for x in others:
-        targets = [y for y in others if y != x]
-        streams |= {(x, *targets): sources[x]} if args.share_english else {(x, y): sources[x][i :: len(targets)] for i, y in enumerate(targets)}
+        out_of_x = tuple((x, y) for y in others if y != x)
+        streams |= {out_of_x: sources[x]} if args.share_english else {(d,): sources[x][i :: len(out_of_x)] for i, d in enumerate(out_of_x)}
+    directions = [d for stream in streams for d in stream]
     kept = {d: {} for d in directions}  # target -> pair: a target that comes twice is a duplicate
     counts = {d: Counter() for d in directions}
     used, number = dict.fromkeys(streams, 0), 0
     work = out / "rounds"
     work.mkdir(exist_ok=True)
-    missing = lambda stream: max(args.pairs - len(kept[stream[0], y]) for y in stream[1:])
+    missing = lambda stream: max(args.pairs - len(kept[d]) for d in stream)
     while any(missing(stream) > 0 and used[stream] < len(streams[stream]) for stream in streams):
         number += 1
         rows, serves = [], []
         for stream, sentences in streams.items():
             # The rate of the worst direction so far says how many more sentences the missing pairs will take.
-            rate = min((len(kept[stream[0], y]) + 1) / (counts[stream[0], y]["generated"] + 1) for y in stream[1:])
+            rate = min((len(kept[d]) + 1) / (counts[d]["generated"] + 1) for d in stream)
             take = math.ceil(1.1 * missing(stream) / max(rate, 0.1)) if missing(stream) > 0 else 0
-            rows += [{"src_lang": stream[0], "tgt_lang": PIVOT, "src": text} for text in sentences[used[stream] : used[stream] + take]]
-            serves += [stream[1:]] * (len(rows) - len(serves))
+            rows += [{"src_lang": stream[0][0], "tgt_lang": PIVOT, "src": text} for text in sentences[used[stream] : used[stream] + take]]
+            serves += [stream] * (len(rows) - len(serves))
             used[stream] = min(used[stream] + take, len(sentences))
         english = translate_jsonl(engine, rows, work / f"{number}.english.jsonl", args.batch_size, args.max_new_tokens, ranks, f"round {number}: X -> en")
         rows = []
-        for row, targets in zip(english, serves):
-            x, why = row["src_lang"], rejected(row, PIVOT, row["src"], identify, args.max_ratio)
-            for y in targets:  # those that still lack pairs
-                if len(kept[x, y]) < args.pairs:
-                    counts[x, y]["generated"] += 1
+        for row, stream in zip(english, serves):
+            why = rejected(row, PIVOT, row["src"], identify, args.max_ratio)
+            for d in stream:  # those that still lack pairs
+                if len(kept[d]) < args.pairs:
+                    counts[d]["generated"] += 1
                     if why:
-                        counts[x, y][f"en: {why}"] += 1
+                        counts[d][f"en: {why}"] += 1
                     else:
-                        rows.append({"src_lang": PIVOT, "tgt_lang": y, "src": row["hyp"], "x_lang": x, "x": row["src"]})
-        translated = translate_jsonl(engine, rows, work / f"{number}.targets.jsonl", args.batch_size, args.max_new_tokens, ranks, f"round {number}: en -> Y")
-        for row in translated:
+                        rows.append({"src_lang": PIVOT, "tgt_lang": d[1], "src": row["hyp"], "x_lang": d[0], "x": row["src"]})
+        targets = translate_jsonl(engine, rows, work / f"{number}.targets.jsonl", args.batch_size, args.max_new_tokens, ranks, f"round {number}: en -> Y")
+        for row in targets:
             d, hyp = (row["x_lang"], row["tgt_lang"]), row["hyp"]
             why = rejected(row, d[1], row["x"], identify, args.max_ratio) or ("duplicate" if hyp in kept[d] else None)
             if why:
@@ -133,7 +133,7 @@ def main():
         return  # the files are the first rank's
     train, dev, report = [], [], {}
     for stream in streams:
-        for d in ((stream[0], y) for y in stream[1:]):
+        for d in stream:
             # Ordered by the source's hash, so that targets that share their sources set mostly the same sentences aside as dev.
             pairs = sorted(kept[d].values(), key=lambda row: hashlib.sha256(row["src"].encode()).digest())
             aside = round(args.dev_share * len(pairs))
@@ -146,6 +146,7 @@ def main():
     write_atomic(out / "report.md", report_table(report))
     write_atomic(out / "report.json", json.dumps(report, indent=2) + "\n")
     print(report_table(report) + f"{out / 'pseudo.train.jsonl'}: {len(train)} pairs, {out / 'pseudo.dev.jsonl'}: {len(dev)}")
+    lock.close()
 
 
 if __name__ == "__main__":
