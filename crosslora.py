@@ -175,15 +175,10 @@ class CrossLoRA(nn.Module):
         scale, p = self.alpha / self.rank, self.dropout if dropout else 0.0
         if self.learned:
             every = lambda experts: torch.stack(list(experts.values())).to(dtype)  # (n, M, N)
-            return [{name: RoutedLowRank(every(bank.lora_A), every(bank.lora_B), bank.router, self.top_k, scale, p)
-                     for name, bank in layer.items()} for layer in self.layers]
+            return self._each_bank(lambda bank: RoutedLowRank(every(bank.lora_A), every(bank.lora_B), bank.router, self.top_k, scale, p))
         routes = [self.route(s, t) for s, t in zip(src_langs, tgt_langs, strict=True)]
         (a_names, a_index), (b_names, b_index) = (self._index(side) for side in zip(*routes))
-        return [
-            {name: LowRank(gather(bank.lora_A, a_names, a_index, dtype), gather(bank.lora_B, b_names, b_index, dtype), scale, p)
-             for name, bank in layer.items()}
-            for layer in self.layers
-        ]
+        return self._each_bank(lambda bank: LowRank(gather(bank.lora_A, a_names, a_index, dtype), gather(bank.lora_B, b_names, b_index, dtype), scale, p))
 
     def grouped(self, src_langs, tgt_langs, dtype=torch.float32):
         """As forward without dropout, for decoding: rows of one expert share a product. A row is one token there, and
@@ -196,8 +191,10 @@ class CrossLoRA(nn.Module):
         device = next(self.parameters()).device
         moves = [None if rows == list(range(len(routes))) else torch.tensor(rows, device=device) for rows in moves]
         pick = lambda experts, names: torch.stack([experts[name] for name in names]).to(dtype)  # (blocks, M, N)
-        return [{name: LowRank(pick(bank.lora_A, a_names), pick(bank.lora_B, b_names), self.alpha / self.rank, moves=moves)
-                 for name, bank in layer.items()} for layer in self.layers]
+        return self._each_bank(lambda bank: LowRank(pick(bank.lora_A, a_names), pick(bank.lora_B, b_names), self.alpha / self.rank, moves=moves))
+
+    def _each_bank(self, update):
+        return [{name: update(bank) for name, bank in layer.items()} for layer in self.layers]
 
     def _index(self, names):
         present = sorted(set(names))

@@ -241,16 +241,9 @@ def clean(pairs, held_out_en, held_out_x, drop, max_ratio):
     kept, seen, count = [], set(), dict.fromkeys(("read", "empty", "in_dev_or_test", *NOISE), 0)
     for en, x in pairs:
         count["read"] += 1
-        if not en or not x:
-            rule = "empty"
-        elif en in held_out_en or x in held_out_x:
-            rule = "in_dev_or_test"
-        elif (en, x) in seen:
-            rule = "duplicate"
-        elif en == x:
-            rule = "identical"
-        else:
-            rule = "length_ratio" if length_ratio(en, x) > max_ratio else None
+        broken = {"empty": not en or not x, "in_dev_or_test": en in held_out_en or x in held_out_x, "duplicate": (en, x) in seen,
+                  "identical": en == x, "length_ratio": length_ratio(en, x) > max_ratio}
+        rule = next((name for name, bad in broken.items() if bad), None)
         seen.add((en, x))
         if rule:
             count[rule] += 1

@@ -60,9 +60,10 @@ def load_engine(model, adapter, prompt_format="auto", device="auto", dtype="auto
     tokenizer = Tokenizer(folder, backbone.Config.load(folder), prompt_format)
     lm = backbone.load(folder, device, dtype)
     identity = {"backbone": lm.fingerprint(), "adapter": None, "prompt_format": tokenizer.format, "dtype": str(dtype).removeprefix("torch.")}
+    lm.pack()
     if adapter is None:
         return Engine(lm, None, tokenizer, list(LANGUAGES), dtype, identity)
-    lora, description = load_adapter(adapter, lm.cfg, lm.fingerprint(), tokenizer.sha256)
+    lora, description = load_adapter(adapter, lm.cfg, identity["backbone"], tokenizer.sha256)
     identity["adapter"] = file_sha256(Path(adapter) / "adapter.safetensors")
     lora.to(device, None if lora.learned else dtype)  # cast once; a learned router stays fp32
     return Engine(lm, lora.eval(), tokenizer, description["languages"], dtype, identity)
@@ -97,12 +98,12 @@ def decode(lm, adapter, dtype, queue, stop_ids, batch_size):
     while rows:
         fresh.sort(key=lambda b: -len(rows[b].prompt))
         for part in (fresh[i : i + PROMPTS] for i in range(0, len(fresh), PROMPTS)):
-            lengths = torch.tensor([len(rows[b].prompt) for b in part])
+            ends = torch.tensor([[len(rows[b].prompt) - 1] for b in part], device=device)  # (b, 1)
             prompts = pad_sequence([torch.tensor(rows[b].prompt) for b in part], batch_first=True).to(device)  # (b, T), padded on the right
             T = prompts.shape[1]
             short = backbone.KVCache(lm.cfg, len(part), T, device, dtype)
-            hidden = lm(prompts, lora_of([rows[b] for b in part]), cache=short, slots=T)  # (b, T, D)
-            token[part] = lm.head(hidden[range(len(part)), lengths - 1]).argmax(-1)  # (b, V) -> (b,)
+            hidden = lm(prompts, lora_of([rows[b] for b in part]), cache=short, slots=T, wanted=ends)  # (b, 1, D)
+            token[part] = lm.head(hidden[:, 0]).argmax(-1)  # (b, V) -> (b,)
             cache.put(part, short)
         if fresh:
             lora = None  # of all rows, once they decode
@@ -157,12 +158,6 @@ def translate_each(engine, rows, max_new_tokens, batch_size):
     for row in decode(engine.model, engine.adapter, engine.dtype, queue(), engine.tokenizer.stop_ids, batch_size):
         yield row.key, engine.tokenizer.decode(row.out), row.finish
     yield from ((i, "", "length") for i in too_long)
-
-
-def translate_batch(engine, rows, max_new_tokens):
-    """[(text, "stop" | "length"), ...] of `rows`, all decoded together; see translate_each."""
-    done = {i: (text, finish) for i, text, finish in translate_each(engine, rows, max_new_tokens, max(1, len(rows)))}
-    return [done[i] for i in range(len(rows))]
 
 
 def read_part(path):

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from files import UserError, read_json, write_atomic
-from kernels import linear
+from kernels import linear, packed
 
 ROPE_KEYS = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}  # Llama-3.1's
 
@@ -100,9 +100,17 @@ def rope_inv_freq(cfg):
 
 
 def rotate(x, cos, sin):
-    """RoPE on split halves: x (B, heads, T, K), cos and sin (B, 1, T, K/2)."""
-    x1, x2 = x.chunk(2, dim=-1)
+    """RoPE on split halves: x (B, heads, T, K), cos and sin (B, T, K/2)."""
+    cos, sin, (x1, x2) = cos[:, None], sin[:, None], x.chunk(2, dim=-1)
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
+
+
+def pick(x, wanted):
+    """x (B, T, D) at positions `wanted` (B, W): (B, W, D); all of x where that is None."""
+    if wanted is None:
+        return x
+    rows = torch.arange(len(x), device=x.device)[:, None] * x.shape[1] + wanted  # of (B*T, D)
+    return x.flatten(0, 1).index_select(0, rows.flatten()).view(*wanted.shape, -1)  # (B, T, D) -> (B*T, D) -> (B*W, D) -> (B, W, D)
 
 
 class Linear(nn.Linear):
@@ -170,23 +178,21 @@ class Attention(nn.Module):
         self.o_proj = Linear(q_size, cfg.hidden_size, bias=False)
         self.head_dim = cfg.head_dim
 
-    def forward(self, x, cos, sin, store, mask):
-        """x, result (B, T, D). store(k, v) puts the new keys and values into the cache and returns all that are there,
-        None without a cache; mask (B, 1, T, S) goes with it, without it attention is causal over x."""
-        heads = (*x.shape[:2], -1, self.head_dim)
-        q = self.q_proj(x).view(heads).transpose(1, 2)  # (B, T, H*K) -> (B, H, T, K)
-        k = self.k_proj(x).view(heads).transpose(1, 2)  # (B, T, G*K) -> (B, G, T, K)
-        v = self.v_proj(x).view(heads).transpose(1, 2)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+    def forward(self, x, cos, sin, store, mask, wanted):
+        """x (B, T, D) -> (B, W, D), the positions `wanted`. store(k, v) puts the new keys and values into the cache and returns
+        all that are there, None without a cache; mask (B, 1, W, S), without one attention is causal over x."""
+        heads = lambda x: x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, T, H*K) -> (B, T, H, K) -> (B, H, T, K)
+        q = rotate(heads(self.q_proj(pick(x, wanted))), pick(cos, wanted), pick(sin, wanted))  # (B, H, W, K)
+        k, v = rotate(heads(self.k_proj(x)), cos, sin), heads(self.v_proj(x))  # (B, G, T, K)
         if store is not None:
             k, v = store(k, v)  # (B, G, S, K)
-        if x.shape[1] == 1:  # one token's heads of a group are H/G queries over the same keys: nothing is copied a head
+        if q.shape[2] == 1:  # one token's heads of a group are H/G queries over the same keys: nothing is copied a head
             q = q.view(len(x), k.shape[1], -1, self.head_dim)  # (B, H, 1, K) -> (B, G, H/G, K)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
             return self.o_proj(y.reshape(len(x), 1, -1))  # (B, G, H/G, K) -> (B, 1, H*K) -> (B, 1, D)
         gqa = q.shape[1] != k.shape[1]
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=gqa)
-        return self.o_proj(y.transpose(1, 2).flatten(2))  # (B, H, T, K) -> (B, T, H*K) -> (B, T, D)
+        return self.o_proj(y.transpose(1, 2).flatten(2))  # (B, H, W, K) -> (B, W, H*K) -> (B, W, D)
 
 
 class MLP(nn.Module):
@@ -211,8 +217,8 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(cfg)
         self.post_attention_layernorm = RMSNorm(cfg)
 
-    def forward(self, x, cos, sin, store, mask, lora):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, store, mask)
+    def forward(self, x, cos, sin, store, mask, lora, wanted):
+        x = pick(x, wanted) + self.self_attn(self.input_layernorm(x), cos, sin, store, mask, wanted)
         return x + self.mlp(self.post_attention_layernorm(x), lora)
 
 
@@ -236,12 +242,12 @@ class CausalLM(nn.Module):
             self.lm_head = Linear(cfg.hidden_size, cfg.vocab_size, bias=False)
         self.register_buffer("inv_freq", rope_inv_freq(cfg), persistent=False)
 
-    def forward(self, tokens, lora=None, positions=None, cache=None, slots=None):
-        """Hidden states (B, T, D) of `tokens` (B, T).
+    def forward(self, tokens, lora=None, positions=None, cache=None, slots=None, wanted=None):
+        """Hidden states of `tokens` (B, T): all, (B, T, D), or those at `wanted` (B, W), indices into T, (B, W, D).
 
         lora: per layer a dict projection -> callable, x (B, T, D_in) to the update (B, T, D_out) of eq. 4
         (see crosslora.CrossLoRA); None is the bare backbone.
-        positions: (B, T), default 0..T-1 in every row. Rows are padded on the right: under the causal mask no
+        positions: (B, T), default 0..T-1 in every row; others go with a cache. Rows are padded on the right: under the causal mask no
         token sees what comes after it.
         cache, slots: with a KVCache, keys and values are stored at `positions` and the first `slots` slots
         are attended to; slots must exceed the largest position, and T slots are T tokens at positions 0..T-1.
@@ -249,7 +255,7 @@ class CausalLM(nn.Module):
         B, T = tokens.shape
         if positions is None:
             positions = torch.arange(T, device=tokens.device).expand(B, T)
-        angles = positions[:, None, :, None].float() * self.inv_freq  # (B, 1, T, K/2)
+        angles = positions[..., None].float() * self.inv_freq  # (B, T, K/2)
         x = self.model.embed_tokens(tokens)  # (B, T, D)
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         mask = store = None
@@ -260,7 +266,10 @@ class CausalLM(nn.Module):
         for i, layer in enumerate(self.model.layers):
             if cache is not None:
                 store = lambda k, v, i=i: cache.update(i, k, v, positions, slots)
-            x = layer(x, cos, sin, store, mask, None if lora is None else lora[i])
+            at = wanted if layer is self.model.layers[-1] else None  # no token needs another's states after the last keys and values
+            if at is not None:
+                mask = torch.arange(slots or T, device=tokens.device) <= positions.gather(1, at)[:, None, :, None]  # (B, 1, W, S)
+            x = layer(x, cos, sin, store, mask, None if lora is None else lora[i], at)
         return self.model.norm(x)
 
     def head(self, hidden):
@@ -269,7 +278,17 @@ class CausalLM(nn.Module):
 
     @property
     def head_weight(self):
-        return (self.model.embed_tokens if self.cfg.tie_word_embeddings else self.lm_head).weight  # (V, D)
+        return (self.lm_head if hasattr(self, "lm_head") else self.model.embed_tokens).weight  # (V, D)
+
+    def pack(self):
+        """Lay out all projections for decoding (kernels.packed): nothing can differentiate, save or fingerprint them afterwards.
+        A head tied to the embeddings gets a copy, since those are looked up."""
+        if self.cfg.tie_word_embeddings:
+            self.lm_head = Linear(self.cfg.hidden_size, self.cfg.vocab_size, bias=False, device="meta")
+            self.lm_head.weight = self.model.embed_tokens.weight
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.weight = packed(module.weight)
 
     def fingerprint(self):
         """16 hex digits that tell backbones apart: configuration and samples of two weights, the same in fp32 and
@@ -297,12 +316,9 @@ def load(folder, device="cpu", dtype=torch.float32):
     model = build(Config.load(folder))
     expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
     index = folder / "model.safetensors.index.json"
-    if index.exists():
-        files = [folder / f for f in sorted(set(read_json(index).get("weight_map", {}).values()))]
-    else:
-        files = [folder / "model.safetensors"]
+    names = read_json(index).get("weight_map", {}).values() if index.exists() else ["model.safetensors"]
     tensors, wrong = {}, []
-    for file in files:
+    for file in (folder / name for name in sorted(set(names))):
         if not file.exists():
             raise UserError(f"{file}: no such file; the checkpoint is incomplete")
         try:

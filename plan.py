@@ -17,11 +17,12 @@ def saved_bytes(cfg, rows, tokens, targets, element):
     `tokens` each, `targets` in all, activations of `element` bytes.
 
     A layer keeps two fp32 norm inputs, attention's q, k, v and output, the dropped inputs of three LoRA branches with
-    their masks, and SwiGLU's three factors; frozen projections keep nothing. The loss keeps a gradient of its states.
+    their masks, and SwiGLU's three factors, the last layer for targets only; frozen projections keep nothing. The loss
+    keeps a gradient of its states.
     """
     D, F_, heads = cfg.hidden_size, cfg.intermediate_size, 2 * (cfg.num_attention_heads + cfg.num_key_value_heads) * cfg.head_dim
     layer = D * (2 * 4 + 2 * (1 + element)) + heads * element + F_ * (3 * element + 1 + element)
-    return rows * tokens * cfg.num_hidden_layers * layer + targets * D * element
+    return (rows * tokens * (cfg.num_hidden_layers - 1) + targets) * layer + targets * D * element
 
 
 def dry_run(args):

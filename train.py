@@ -32,10 +32,12 @@ def forward_sums(model, adapter, examples, dtype, rdrop_alpha, dropout):
     device, passes = model.inv_freq.device, 2 if rdrop_alpha > 0 else 1
     tokens, labels = (t.to(device) for t in collate(examples))  # (B, T)
     lora = adapter([e.src_lang for e in examples], [e.tgt_lang for e in examples], dtype, dropout)
-    hidden = model(tokens.repeat_interleave(passes, 0), lora)  # (B*P, T, D)
-    at = labels != IGNORE  # (B, T), N of them: the head is applied to these only
-    before = hidden.unflatten(0, (-1, passes)).transpose(1, 2)[at]  # (B*P, T, D) -> (B, P, T, D) -> (B, T, P, D) -> (N, P, D)
-    return head_loss(before, model.head_weight, labels[at], rdrop_alpha)
+    is_target = labels != IGNORE  # (B, T), N of them in all: only these need the last layer and the head
+    wanted = is_target.int().argsort(descending=True, stable=True)[:, : is_target.sum(1).max()]  # (B, W)
+    hidden = model(tokens.repeat_interleave(passes, 0), lora, wanted=wanted.repeat_interleave(passes, 0))  # (B*P, W, D)
+    labels, is_target = labels.gather(1, wanted), is_target.gather(1, wanted)
+    before = hidden.unflatten(0, (-1, passes)).transpose(1, 2)[is_target]  # (B*P, W, D) -> (B, P, W, D) -> (B, W, P, D) -> (N, P, D)
+    return head_loss(before, model.head_weight, labels[is_target], rdrop_alpha)
 
 
 def denominator(examples, normalize):

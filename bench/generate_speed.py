@@ -61,6 +61,7 @@ def main():
     device, dtype = device_and_dtype("auto")
     folder = Path(args.work) / args.size
     lm, adapter, peer = load_both(args.size, folder, args.shared, device, dtype)
+    lm.pack()
     peers = {"unmerged": peer.eval(), "merged": copy.deepcopy(peer).merge_and_unload().eval()}
     tokenizer = tokenizer_of(args.size, folder, lm.cfg)
     rows, source = sentence_rows(args.shared, args.sentences)

@@ -7,10 +7,10 @@ import torch
 
 import baselines
 from baselines import Baseline
-from conftest import ROOT, inside, read_rows, refuses
+from conftest import ROOT, inside, read_rows, refuses, translate_batch
 from data import LANGUAGES
 from files import write_jsonl
-from generate import load_engine, translate_batch
+from generate import load_engine
 
 sentencepiece = pytest.importorskip("sentencepiece")
 import transformers  # noqa: E402

@@ -10,10 +10,11 @@ import time
 import pytest
 import torch
 
-from conftest import ROOT, TORCHRUN, inside, make_checkpoint, read_rows, refuses, run
+from conftest import ROOT, TORCHRUN, inside, make_checkpoint, read_rows, refuses, run, translate_batch
 from devices import Ranks
 from files import write_jsonl
-from generate import load_engine, translate_batch, translate_jsonl
+from generate import load_engine, translate_jsonl
+from kernels import packed
 
 
 def naive(engine, row, max_new_tokens):
@@ -33,6 +34,7 @@ def naive(engine, row, max_new_tokens):
 def eager_to_stop(engine):
     """Random weights hardly ever say stop; lengthening that token's row makes some sentences end early."""
     engine.model.model.embed_tokens.weight[engine.tokenizer.stop_ids[0]] *= 3.0
+    engine.model.lm_head.weight = packed(engine.model.model.embed_tokens.weight)
     return engine
 
 

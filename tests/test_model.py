@@ -74,6 +74,30 @@ def test_cache_equals_whole_pass(tmp_path):
             assert torch.allclose(hidden[:, 0], whole[torch.arange(3), at], atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["llama-3.1", "qwen2.5"])
+def test_wanted_positions_are_those_of_the_whole_pass(tmp_path, kind):
+    """Values, and what their gradient does to every token before them; with a cache, what later tokens see too."""
+    peer(kind, tmp_path)
+    lm = backbone.load(tmp_path)
+    lm.model.embed_tokens.weight.requires_grad_()
+    torch.manual_seed(1)
+    tokens, wanted = torch.randint(0, 300, (3, 20)), torch.tensor([[19, 3], [7, 8], [0, 11]])
+    weights, gradients = torch.randn(3, 2, lm.cfg.hidden_size), []
+    whole = lm(tokens)[torch.arange(3)[:, None], wanted]
+    for some in (whole, lm(tokens, wanted=wanted)):
+        assert torch.allclose(some, whole, atol=1e-5)
+        (some * weights).sum().backward()
+        gradients.append(lm.model.embed_tokens.weight.grad)
+        lm.model.embed_tokens.weight.grad = None
+    assert torch.allclose(*gradients, atol=1e-4) and gradients[0].abs().max() > 0.1
+    with torch.no_grad():
+        caches = [backbone.KVCache(lm.cfg, 3, 20, "cpu", torch.float32) for _ in range(2)]
+        whole = lm(tokens, cache=caches[0], slots=20)
+        last = lm(tokens, cache=caches[1], slots=20, wanted=wanted[:, :1])
+        assert torch.allclose(last[:, 0], whole[torch.arange(3), wanted[:, 0]], atol=1e-5)
+        assert all(torch.equal(a, b) for a, b in zip(caches[0].k + caches[0].v, caches[1].k + caches[1].v))
+
+
 def test_meta_construction_takes_no_memory_and_keeps_rope_real(checkpoint):
     lm = backbone.build(backbone.Config.load(checkpoint))
     assert all(p.is_meta for p in lm.parameters()) and not lm.inv_freq.is_meta

@@ -4,6 +4,7 @@ import itertools
 import json
 import subprocess
 import sys
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,8 @@ import torch
 import torch.nn.functional as F
 
 import kernels
-from conftest import ROOT, randomise
+import model as backbone
+from conftest import ROOT, make_checkpoint, randomise
 from crosslora import CrossLoRA, kept
 from data import LANGUAGES
 from generate import Row, decode
@@ -106,6 +108,29 @@ def test_linear_is_torchs_with_the_update_added(tokens, dtype, close):
             assert torch.allclose(mine, theirs, atol=10 * close, rtol=10 * close)
         for leaf in leaves:
             leaf.requires_grad_(False)
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 300, 2000])
+def test_packed_weight_multiplies_like_the_plain_one(tokens):
+    torch.manual_seed(0)
+    x, weight, bias, update = torch.randn(2, tokens, 24), torch.randn(40, 24), torch.randn(40), torch.randn(2, tokens, 40)
+    assert torch.allclose(kernels.product(x, kernels.packed(weight), bias, update.clone()), F.linear(x, weight, bias) + update, atol=1e-5)
+    for other in (torch.float64, torch.bfloat16):
+        assert kernels.packed(weight.to(other)).layout == torch.strided  # there oneDNN isn't asked
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_packed_backbone_is_the_same_and_keeps_no_plain_projection(tmp_path, tied):
+    lm = backbone.load(make_checkpoint(tmp_path, tie_word_embeddings=tied))
+    torch.manual_seed(0)
+    tokens = torch.randint(0, lm.cfg.vocab_size, (3, 9))
+    with torch.no_grad():
+        whole = lm.head(lm(tokens))
+        plain = [weakref.ref(module.weight) for module in lm.modules() if isinstance(module, backbone.Linear)]
+        lm.pack()
+        assert torch.allclose(lm.head(lm(tokens)), whole, atol=1e-5)
+    assert len(plain) == 7 * lm.cfg.num_hidden_layers + (not tied)
+    assert kernels.ONEDNN is None or not any(weight() is not None for weight in plain)
 
 
 @pytest.mark.parametrize("passes", [1, 2])

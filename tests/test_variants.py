@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import model as backbone
-from conftest import ROOT, inside, randomise, read_rows, refuses
+from conftest import ROOT, inside, randomise, read_rows, refuses, translate_batch
 from crosslora import GROUPS, ROUTES, TARGET_MODULES, CrossLoRA, export_peft, load_adapter, parse_groups, router_load, save_adapter
 from data import LANGUAGES
 from files import UserError, write_jsonl
-from generate import load_engine, translate_batch
+from generate import load_engine
 
 SRC, TGT = ["de", "en", "zh", "is"], ["zh", "is", "cs", "de"]
 STATIC = {  # written out by hand: experts of A and B for the directions above
