@@ -195,7 +195,7 @@ def machine(device):
 
 
 def peak_bytes(function, device):
-    """Peak memory that one call of `function` needs beyond what is there, in a process that has not called it before."""
+    """Peak memory that one call of `function` needs beyond what is there, in a process that has not called it before (CPU)."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -208,9 +208,29 @@ def peak_bytes(function, device):
     return status("VmHWM") - before
 
 
-def peak_in_a_fresh_process(name):
-    """The same for the run `name` of this very command, in a process of its own: heaps that earlier runs grew don't hide it."""
-    done = subprocess.run([sys.executable, *sys.argv, "--peak", name], capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(done.stderr)
-    return int(done.stdout.split()[-1])
+class Side:
+    """The run `name` of this very command in a process of its own, as its users have it: neither speed nor peak memory
+    depends on the heap that another side leaves. Calling it runs it once; `peak` is that of its first run, in bytes."""
+
+    def __init__(self, name):
+        self.process = subprocess.Popen([sys.executable, *sys.argv, "--side", name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.peak = int(self.answer())
+
+    def answer(self):
+        line = self.process.stdout.readline()
+        if not line:
+            sys.exit(f"{' '.join(self.process.args)}: ended with status {self.process.wait()}")
+        return line
+
+    def __call__(self):
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        self.answer()
+
+
+def serve(run, device):
+    """The other end of a Side."""
+    print(peak_bytes(run, device), flush=True)
+    for _ in sys.stdin:
+        run()
+        print("done", flush=True)

@@ -6,7 +6,7 @@ Ours: train.py's own `backward` on an effective batch of 32 pairs in mixed direc
 of rank 16 on the same projections (one direction for all, which favours it), the R-Drop repository's form (batch doubled,
 logits for every position, its compute_kl_loss), micro-batches of 4 in random order, padded to the longest. The tuned peer:
 logits on target positions only, rows sorted by length, micro-batches of 4. Ours cuts its passes by tokens, as train.py does. Both
-peers run in transformers' own way, with an attention mask. Prints one JSON line.
+peers run in transformers' own way, with an attention mask. On a CPU each side has a process of its own. Prints one JSON line.
 """
 
 from pathlib import Path
@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
-from common import alternate, bench_parser, load_both, machine, matmul_rate, peak_bytes, peak_in_a_fresh_process, ratios, report, sentence_rows, tokenizer_of
+from common import Side, alternate, bench_parser, load_both, machine, matmul_rate, peak_bytes, ratios, report, sentence_rows, serve, tokenizer_of
 
 from crosslora import TARGET_MODULES
 from data import IGNORE, collate, encode, target_count
@@ -57,7 +57,7 @@ def main():
     parser = bench_parser(__doc__)
     parser.add_argument("--pairs", type=int, default=32, help="the effective batch")
     parser.add_argument("--micro-batch-size", type=int, default=4, help="of both peers; ours fills as many tokens as that many rows of 512 have")
-    parser.add_argument("--peak", help="print one side's peak memory and stop: ours, usual or tuned")
+    parser.add_argument("--side", help="be one side's process: ours, usual or tuned")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     device, dtype = device_and_dtype("auto")
@@ -80,8 +80,9 @@ def main():
         return step
 
     runs = {"ours": ours, "usual": theirs(False, args.micro_batch_size), "tuned": theirs(True, args.micro_batch_size)}
-    if args.peak:
-        return print(peak_bytes(runs[args.peak], device))
+    if args.side:
+        lm, adapter, peer = (lm, adapter, None) if args.side == "ours" else (None, None, peer)  # the others' memory is free again
+        return serve(runs[args.side], device)
 
     # Agreement first: dropout off, all rows in the one direction that the peer has.
     one_way = [e._replace(src_lang="de", tgt_lang="zh") for e in examples]
@@ -101,12 +102,17 @@ def main():
     adapter.dropout = 0.1
     peer.train()
 
-    peaks = {name: peak_in_a_fresh_process(name) if device.type == "cpu" else peak_bytes(run, device) for name, run in runs.items()}
-    times = alternate(runs, args.repeats, device)
-    rate = matmul_rate(device, dtype)
     tokens, targets = sum(len(e.ids) - 1 for e in examples), sum(target_count(e) for e in examples)
     layer_weights = sum(p.numel() for name, p in lm.named_parameters() if name.startswith("model.layers"))
     flops = 2 * 4 * (tokens * layer_weights + targets * lm.cfg.vocab_size * lm.cfg.hidden_size)  # two passes, 4 a weight and token
+    if device.type == "cpu":
+        lm = adapter = peer = None
+        runs = {name: Side(name) for name in runs}
+        peaks = {name: side.peak for name, side in runs.items()}
+    else:
+        peaks = {name: peak_bytes(run, device) for name, run in runs.items()}
+    times = alternate(runs, args.repeats, device)
+    rate = matmul_rate(device, dtype)
     median = lambda name: sorted(times[name])[len(times[name]) // 2]
     result = {"bench": "train", "size": args.size, "sentences": source, "pairs": len(examples), "tokens": tokens, "targets": targets, "micro_batch_size": args.micro_batch_size,
               "tokens_per_s": {name: round(tokens / median(name), 1) for name in runs}, "ratio_usual": ratios(times, "usual"), "ratio_tuned": ratios(times, "tuned"),
