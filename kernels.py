@@ -28,31 +28,33 @@ def packed(weight):
     """A frozen weight in the order in which oneDNN multiplies it, which it otherwise finds anew for every product: a few tokens
     take half the time. Only `product` can read the result. Where oneDNN does not compute, the weight as it is."""
     if ONEDNN is None or weight.is_cuda or weight.dtype != torch.float32:
-        return weight
-    return torch.nn.Parameter(torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 32), requires_grad=False)  # 8 to 1,024 tokens: the same order
+        return weight.detach()
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), 32)  # 8 to 1,024 tokens: the same order
 
 
 class FrozenLinear(torch.autograd.Function):
     """`product` with derivatives by x and update."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, update):
-        ctx.save_for_backward(weight)
+    def forward(ctx, x, weight, bias, update, transposed):
+        ctx.transposed = transposed
         return product(x, weight, bias, update)
 
     @staticmethod
     def backward(ctx, grad):
-        (weight,) = ctx.saved_tensors
-        x_grad = product(grad, weight.t()) if ctx.needs_input_grad[0] else None  # none below the first adapter
-        return x_grad, None, None, grad if ctx.needs_input_grad[3] else None
+        x_grad = product(grad, ctx.transposed) if ctx.needs_input_grad[0] else None  # none below the first adapter
+        return x_grad, None, None, grad if ctx.needs_input_grad[3] else None, None
 
 
-def linear(x, weight, bias=None, update=None):
-    """F.linear(x, weight, bias) + update, faster where the weight is frozen; shapes as in product."""
+def linear(x, weight, bias=None, update=None, transposed=None):
+    """F.linear(x, weight, bias) + update, faster where the weight is frozen; shapes as in product. A packed weight has a
+    derivative by x if its packed transpose (D_in, D_out) is given too."""
     if weight.requires_grad:
         y = F.linear(x, weight, bias)
         return y if update is None else y + update
-    return FrozenLinear.apply(x, weight, bias, update) if torch.is_grad_enabled() else product(x, weight, bias, update)
+    if not torch.is_grad_enabled():
+        return product(x, weight, bias, update)
+    return FrozenLinear.apply(x, weight, bias, update, weight.t() if transposed is None else transposed)
 
 
 class HeadLoss(torch.autograd.Function):
@@ -60,7 +62,7 @@ class HeadLoss(torch.autograd.Function):
     at a time, in the same memory, and what is kept for the backward pass is the gradient of the hidden states alone."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, alpha):
+    def forward(ctx, hidden, weight, labels, alpha, transposed):
         wanted, grad = ctx.needs_input_grad[0], torch.empty_like(hidden)  # (N, P, D)
         nll, kl = torch.zeros(2, device=hidden.device).unbind()
         P, V = hidden.shape[1], len(weight)
@@ -86,7 +88,7 @@ class HeadLoss(torch.autograd.Function):
                 for i, part in enumerate(parts):
                     z[:, i] = part.scatter_add_(-1, y, part.new_full((), -1).expand(y.shape))  # in fp32, then rounded to the logits' precision
             if wanted:
-                torch.div(product(logits, weight.t()), P, out=grad_part)  # (n, P, V) x (V, D) -> (n, P, D)
+                torch.div(product(logits, transposed), P, out=grad_part)  # (n, P, V) x (V, D) -> (n, P, D)
         ctx.save_for_backward(grad)
         ctx.mark_non_differentiable(nll, kl)
         return nll + alpha * kl, nll, kl  # eq. 9
@@ -94,14 +96,14 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, by_loss, _, __):
         (grad,) = ctx.saved_tensors
-        return grad * by_loss, None, None, None
+        return grad * by_loss, None, None, None, None
 
 
-def head_loss(hidden, weight, labels, alpha):
+def head_loss(hidden, weight, labels, alpha, transposed=None):
     """(loss, nll, kl), sums over target tokens in fp32 (section 3.4), of which loss has a derivative by `hidden`.
 
     hidden (N, P, D): the states that P = 2 passes (eqs. 7-9), or 1 (eq. 6, kl 0), have before each target; weight (V, D):
-    the head's; labels (N,). nll and kl are M times eq. 8 and eq. 7, loss is nll + alpha kl; dividing by M is the caller's,
+    the head's, transposed as in linear; labels (N,). nll and kl are M times eq. 8 and eq. 7, loss is nll + alpha kl; dividing by M is the caller's,
     since M counts the whole effective batch.
     """
-    return HeadLoss.apply(hidden, weight, labels, alpha)
+    return HeadLoss.apply(hidden, weight, labels, alpha, weight.t() if transposed is None else transposed)

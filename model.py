@@ -114,8 +114,10 @@ def pick(x, wanted):
 
 
 class Linear(nn.Linear):
-    def forward(self, x):
-        return linear(x, self.weight, self.bias)
+    transposed = None  # the weight's packed transpose, see CausalLM.pack
+
+    def forward(self, x, update=None):
+        return linear(x, self.weight, self.bias, update, self.transposed)
 
 
 class RMSNorm(nn.Module):
@@ -204,7 +206,7 @@ class MLP(nn.Module):
 
     def forward(self, x, lora):
         def project(name, x):
-            return linear(x, getattr(self, name).weight, update=None if lora is None else lora[name](x))  # eq. 1: W_0 x and the update
+            return getattr(self, name)(x, None if lora is None else lora[name](x))  # eq. 1: W_0 x and the update
 
         return project("down_proj", F.silu(project("gate_proj", x)) * project("up_proj", x))
 
@@ -274,21 +276,24 @@ class CausalLM(nn.Module):
 
     def head(self, hidden):
         """Logits (..., V) of hidden states (..., D)."""
-        return linear(hidden, self.head_weight)
+        weight, transposed = self.head_weights()
+        return linear(hidden, weight, transposed=transposed)
 
-    @property
-    def head_weight(self):
-        return (self.lm_head if hasattr(self, "lm_head") else self.model.embed_tokens).weight  # (V, D)
+    def head_weights(self):
+        """The head's (V, D) and, if packed for training, its transpose, else None."""
+        return (self.lm_head.weight, self.lm_head.transposed) if hasattr(self, "lm_head") else (self.model.embed_tokens.weight, None)
 
-    def pack(self):
-        """Lay out all projections for decoding (kernels.packed): nothing can differentiate, save or fingerprint them afterwards.
-        A head tied to the embeddings gets a copy, since those are looked up."""
+    def pack(self, training=False):
+        """Lay out all projections as this machine multiplies them fastest (kernels.packed); for training their transposes too,
+        which takes that memory twice. Nothing can save or fingerprint them afterwards. A head tied to the embeddings
+        becomes a copy, since those are looked up."""
         if self.cfg.tie_word_embeddings:
             self.lm_head = Linear(self.cfg.hidden_size, self.cfg.vocab_size, bias=False, device="meta")
             self.lm_head.weight = self.model.embed_tokens.weight
         for module in self.modules():
             if isinstance(module, Linear):
-                module.weight = packed(module.weight)
+                module.transposed = packed(module.weight.t()) if training else None
+                module.weight = nn.Parameter(packed(module.weight), requires_grad=False)
 
     def fingerprint(self):
         """16 hex digits that tell backbones apart: configuration and samples of two weights, the same in fp32 and

@@ -63,10 +63,10 @@ def dry_run(args):
     if args.micro_batch_tokens:  # what fits, rounded up: somewhat shorter rows use the tokens to the last
         rows = min(math.ceil(max(1, args.micro_batch_tokens / length)), args.batch_size)
     most = args.batch_size if args.micro_batch_tokens else rows  # rows, if they are short
-    for what, element, device in (("bf16 backbone (GPU)", 2, "cuda"), ("fp32 backbone (CPU)", 4, "cpu")):
+    for what, element, device, copies in (("bf16 backbone (GPU)", 2, "cuda", 1), ("fp32 backbone (CPU)", 4, "cpu", 2)):  # CausalLM.pack
         # fp32 weight, gradient and two moments are 16 bytes a trained parameter; an expert of A and of B is gathered a row;
         # beside the logits that are there at one time the loss holds about four fp32 copies of them
-        parts = [frozen * element, 16 * trained, most * expert * element,
+        parts = [frozen * element * copies, 16 * trained, most * expert * element,
                  saved_bytes(cfg, rows * passes, length, rows * passes * targets, element)
                  + min(LOGITS[device], rows * passes * targets * cfg.vocab_size) * (4 * 4 + element)]
         print(f"memory:     at most {sum(parts) / 2**30:.1f} GiB a process, {what}: weights {parts[0] / 2**30:.1f}, adapter with gradient and Adam {parts[1] / 2**30:.1f}, "

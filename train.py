@@ -37,7 +37,8 @@ def forward_sums(model, adapter, examples, dtype, rdrop_alpha, dropout):
     hidden = model(tokens.repeat_interleave(passes, 0), lora, wanted=wanted.repeat_interleave(passes, 0))  # (B*P, W, D)
     labels, is_target = labels.gather(1, wanted), is_target.gather(1, wanted)
     before = hidden.unflatten(0, (-1, passes)).transpose(1, 2)[is_target]  # (B*P, W, D) -> (B, P, W, D) -> (B, W, P, D) -> (N, P, D)
-    return head_loss(before, model.head_weight, labels[is_target], rdrop_alpha)
+    weight, transposed = model.head_weights()
+    return head_loss(before, weight, labels[is_target], rdrop_alpha, transposed)
 
 
 def denominator(examples, normalize):
@@ -286,6 +287,7 @@ def main():
               f"{args.batch_size // (ranks.world * args.micro_batch_size)}" + (f", fewer where {args.micro_batch_tokens} tokens hold more pairs" if args.micro_batch_tokens else "")
               + f"; {total} steps" + (f"; resuming at step {step}" if step else ""), flush=True)
 
+    model.pack(training=True)
     log = open(out / "metrics.jsonl" if chief else os.devnull, "ab")
     if chief:
         log.seek(log.truncate(log_bytes))  # lines that the checkpoint does not know are written again

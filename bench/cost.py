@@ -64,8 +64,8 @@ def main():
 
     result = {"bench": "cost", "size": args.size, "sentences": source, "pairs": len(examples), "count": len(rows)}
     for what, make in (("training", train_run), ("decoding", decode_run)):
-        if what == "decoding":
-            lm.pack()
+        lm = backbone.load(folder, device, dtype)
+        lm.pack(training=what == "training")
         times = alternate({name: make(*directions[name]) for name in directions}, args.repeats, device)
         result[what] = {name: ratios(times, name, "plain LoRA") for name in directions if name != "plain LoRA"}
     result["machine"] = machine(device)

@@ -63,6 +63,8 @@ def main():
     device, dtype = device_and_dtype("auto")
     folder = Path(args.work) / args.size
     lm, adapter, peer = load_both(args.size, folder, args.shared, device, dtype)
+    layer_weights = sum(p.numel() for name, p in lm.named_parameters() if name.startswith("model.layers"))
+    lm.pack(training=True)
     tokenizer = tokenizer_of(args.size, folder, lm.cfg)
     rows, source = sentence_rows(args.shared, args.pairs)
     examples, _ = encode(tokenizer, rows)
@@ -103,7 +105,6 @@ def main():
     peer.train()
 
     tokens, targets = sum(len(e.ids) - 1 for e in examples), sum(target_count(e) for e in examples)
-    layer_weights = sum(p.numel() for name, p in lm.named_parameters() if name.startswith("model.layers"))
     flops = 2 * 4 * (tokens * layer_weights + targets * lm.cfg.vocab_size * lm.cfg.hidden_size)  # two passes, 4 a weight and token
     if device.type == "cpu":
         lm = adapter = peer = None

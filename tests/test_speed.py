@@ -18,8 +18,8 @@ from crosslora import CrossLoRA, kept
 from data import LANGUAGES
 from generate import Row, decode
 from kernels import linear
-from test_train import close, one_process
-from train import micro_batches
+from test_train import close, one_process, setup
+from train import forward_sums, micro_batches
 
 
 def cost(runs, pass_cost):
@@ -120,15 +120,24 @@ def test_packed_weight_multiplies_like_the_plain_one(tokens):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_packed_backbone_is_the_same_and_keeps_no_plain_projection(tmp_path, tied):
-    lm = backbone.load(make_checkpoint(tmp_path, tie_word_embeddings=tied))
-    torch.manual_seed(0)
-    tokens = torch.randint(0, lm.cfg.vocab_size, (3, 9))
-    with torch.no_grad():
-        whole = lm.head(lm(tokens))
-        plain = [weakref.ref(module.weight) for module in lm.modules() if isinstance(module, backbone.Linear)]
-        lm.pack()
-        assert torch.allclose(lm.head(lm(tokens)), whole, atol=1e-5)
+@pytest.mark.parametrize("training", [True, False])
+def test_packed_backbone_is_the_same_and_keeps_no_plain_projection(tmp_path, sentences, tied, training):
+    folder = make_checkpoint(tmp_path, tie_word_embeddings=tied)
+    lm, adapter, examples = setup(folder, sentences, dropout=0.3)
+    losses, gradients = [], []
+    for packs in (False, True):
+        if packs:
+            plain = [weakref.ref(module.weight) for module in lm.modules() if isinstance(module, backbone.Linear)]
+            lm.pack(training)
+        with torch.set_grad_enabled(training):
+            torch.manual_seed(0)
+            loss = torch.stack(forward_sums(lm, adapter, examples[:8], torch.float32, 1.0, dropout=True))
+        if training:
+            gradients.append(torch.autograd.grad(loss[0], list(adapter.parameters()), allow_unused=True))
+        losses.append(loss.detach())
+    assert torch.allclose(*losses, rtol=1e-4) and losses[0][2] > 0.1
+    for a, b in zip(*gradients or ((), ())):
+        assert (a is None) == (b is None) and (a is None or torch.allclose(a, b, rtol=1e-3, atol=1e-4 * float(a.abs().max())))
     assert len(plain) == 7 * lm.cfg.num_hidden_layers + (not tied)
     assert kernels.ONEDNN is None or not any(weight() is not None for weight in plain)
 
