@@ -57,6 +57,7 @@ def main():
     parser = bench_parser(__doc__)
     parser.add_argument("--pairs", type=int, default=32, help="the effective batch")
     parser.add_argument("--micro-batch-size", type=int, default=4, help="of both peers; ours fills as many tokens as that many rows of 512 have")
+    parser.add_argument("--max-length", type=int, default=512, help="longer pairs are left out: the peer's logits of one with 227 tokens need 19 GB at M")
     parser.add_argument("--side", help="be one side's process: ours, usual or tuned")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -67,7 +68,7 @@ def main():
     lm.pack(training=True)
     tokenizer = tokenizer_of(args.size, folder, lm.cfg)
     rows, source = sentence_rows(args.shared, args.pairs)
-    examples, _ = encode(tokenizer, rows)
+    examples, _ = encode(tokenizer, rows, args.max_length)
 
     settings = SimpleNamespace(micro_batch_size=args.micro_batch_size, micro_batch_tokens=512 * args.micro_batch_size, rdrop_alpha=0.1, normalize="tokens")
 
@@ -115,7 +116,7 @@ def main():
     times = alternate(runs, args.repeats, device)
     rate = matmul_rate(device, dtype)
     median = lambda name: sorted(times[name])[len(times[name]) // 2]
-    result = {"bench": "train", "size": args.size, "sentences": source, "pairs": len(examples), "tokens": tokens, "targets": targets, "micro_batch_size": args.micro_batch_size,
+    result = {"bench": "train", "size": args.size, "sentences": source, "pairs": len(examples), "tokens": tokens, "targets": targets, "micro_batch_size": args.micro_batch_size, "max_length": args.max_length,
               "tokens_per_s": {name: round(tokens / median(name), 1) for name in runs}, "ratio_usual": ratios(times, "usual"), "ratio_tuned": ratios(times, "tuned"),
               "peak_mib": {name: round(peak / 2**20) for name, peak in peaks.items()}, "utilisation": round(flops / median("ours") / rate, 3),
               "matmul_gflops": round(rate / 1e9, 1), "agreement": agree, "machine": machine(device)}
