@@ -132,10 +132,8 @@ def main():
         return  # scoring is the first rank's
     if args.hypotheses:
         write_jsonl(out / "hypotheses.jsonl", flat)
-    directions, notes = {}, []
-    for (src_lang, tgt_lang), part in tqdm(rows.items(), desc="scoring", disable=None):
-        directions[f"{src_lang}-{tgt_lang}"] = score(part, tgt_lang, identify)
-    hypotheses_sha256, comet = file_sha256(out / "hypotheses.jsonl"), None
+    directions = {"-".join(pair): score(part, pair[1], identify) for pair, part in tqdm(rows.items(), desc="scoring", disable=None)}
+    hypotheses_sha256, notes, comet = file_sha256(out / "hypotheses.jsonl"), [], None
     old = read_json(out / "scores.json") if (out / "scores.json").exists() else {}
     if old.get("comet") and old["hypotheses_sha256"] == hypotheses_sha256 and args.comet in (None, old["comet"]):
         comet = old["comet"]  # of these very hypotheses: not computed again

@@ -29,7 +29,7 @@ def packed(weight):
     take half the time. Only `product` can read the result. Where oneDNN does not compute, the weight as it is."""
     if ONEDNN is None or weight.is_cuda or weight.dtype != torch.float32:
         return weight.detach()
-    return torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), 32)  # 8 to 1,024 tokens: the same order
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), 32)  # tokens expected; 8 and 1,024 give the same on an AVX-512 EPYC
 
 
 class FrozenLinear(torch.autograd.Function):
@@ -47,8 +47,8 @@ class FrozenLinear(torch.autograd.Function):
 
 
 def linear(x, weight, bias=None, update=None, transposed=None):
-    """F.linear(x, weight, bias) + update, faster where the weight is frozen; shapes as in product. A packed weight has a
-    derivative by x if its packed transpose (D_in, D_out) is given too."""
+    """F.linear(x, weight, bias) + update, faster where the weight is frozen; shapes as in product. transposed: the weight's
+    packed transpose (D_in, D_out), for the backward pass; without it a packed weight is unpacked every time."""
     if weight.requires_grad:
         y = F.linear(x, weight, bias)
         return y if update is None else y + update
@@ -102,8 +102,8 @@ class HeadLoss(torch.autograd.Function):
 def head_loss(hidden, weight, labels, alpha, transposed=None):
     """(loss, nll, kl), sums over target tokens in fp32 (section 3.4), of which loss has a derivative by `hidden`.
 
-    hidden (N, P, D): the states that P = 2 passes (eqs. 7-9), or 1 (eq. 6, kl 0), have before each target; weight (V, D):
-    the head's, transposed as in linear; labels (N,). nll and kl are M times eq. 8 and eq. 7, loss is nll + alpha kl; dividing by M is the caller's,
-    since M counts the whole effective batch.
+    hidden (N, P, D): the states that P = 2 passes (eqs. 7-9), or 1 (eq. 6, kl 0), have before each target; labels (N,);
+    weight (V, D): the head's, transposed as in linear. nll and kl are M times eq. 8 and eq. 7, loss is nll + alpha kl;
+    dividing by M is the caller's, since M counts the whole effective batch.
     """
     return HeadLoss.apply(hidden, weight, labels, alpha, weight.t() if transposed is None else transposed)

@@ -182,18 +182,17 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, store, mask, wanted):
         """x (B, T, D) -> (B, W, D), the positions `wanted`. store(k, v) puts the new keys and values into the cache and returns
-        all that are there, None without a cache; mask (B, 1, W, S), without one attention is causal over x."""
+        all that are there, None without a cache; mask (B, 1, H/G * W, S), without one attention is causal over x."""
         heads = lambda x: x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, T, H*K) -> (B, T, H, K) -> (B, H, T, K)
         q = rotate(heads(self.q_proj(pick(x, wanted))), pick(cos, wanted), pick(sin, wanted))  # (B, H, W, K)
         k, v = rotate(heads(self.k_proj(x)), cos, sin), heads(self.v_proj(x))  # (B, G, T, K)
         if store is not None:
             k, v = store(k, v)  # (B, G, S, K)
-        if q.shape[2] == 1:  # one token's heads of a group are H/G queries over the same keys: nothing is copied a head
-            q = q.view(len(x), k.shape[1], -1, self.head_dim)  # (B, H, 1, K) -> (B, G, H/G, K)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-            return self.o_proj(y.reshape(len(x), 1, -1))  # (B, G, H/G, K) -> (B, 1, H*K) -> (B, 1, D)
-        gqa = q.shape[1] != k.shape[1]
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=gqa)
+        if mask is None:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+        else:  # a group's heads are so many more queries over the same keys: nothing is copied for each head
+            queries = q.reshape(len(x), k.shape[1], -1, self.head_dim)  # (B, H, W, K) -> (B, G, H/G * W, K)
+            y = F.scaled_dot_product_attention(queries, k, v, attn_mask=mask).reshape(q.shape)
         return self.o_proj(y.transpose(1, 2).flatten(2))  # (B, H, W, K) -> (B, W, H*K) -> (B, W, D)
 
 
@@ -260,17 +259,19 @@ class CausalLM(nn.Module):
         angles = positions[..., None].float() * self.inv_freq  # (B, T, K/2)
         x = self.model.embed_tokens(tokens)  # (B, T, D)
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        group = self.cfg.num_attention_heads // self.cfg.num_key_value_heads
+        # A query sees the slots that are not later than it, alike for each head of a group: (B, 1, W, S) -> (B, 1, H/G * W, S).
+        visible = lambda at: (torch.arange(slots or T, device=tokens.device) <= at[:, None, :, None]).repeat(1, 1, group, 1)
         mask = store = None
         if cache is not None:
             cache.reserve(slots)
-        if cache is not None and slots > T:  # a slot is visible when its position is not later than the query's: (B, 1, T, S)
-            mask = torch.arange(slots, device=tokens.device) <= positions[:, None, :, None]
+            mask = visible(positions) if slots > T else None
         for i, layer in enumerate(self.model.layers):
             if cache is not None:
                 store = lambda k, v, i=i: cache.update(i, k, v, positions, slots)
             at = wanted if layer is self.model.layers[-1] else None  # no token needs another's states after the last keys and values
             if at is not None:
-                mask = torch.arange(slots or T, device=tokens.device) <= positions.gather(1, at)[:, None, :, None]  # (B, 1, W, S)
+                mask = visible(positions.gather(1, at))
             x = layer(x, cos, sin, store, mask, None if lora is None else lora[i], at)
         return self.model.norm(x)
 
@@ -284,16 +285,19 @@ class CausalLM(nn.Module):
         return (self.lm_head.weight, self.lm_head.transposed) if hasattr(self, "lm_head") else (self.model.embed_tokens.weight, None)
 
     def pack(self, training=False):
-        """Lay out all projections as this machine multiplies them fastest (kernels.packed); for training their transposes too,
-        which takes that memory twice. Nothing can save or fingerprint them afterwards. A head tied to the embeddings
-        becomes a copy, since those are looked up."""
-        if self.cfg.tie_word_embeddings:
+        """Lay out all projections as this machine multiplies them fastest (kernels.packed), once; for training their transposes
+        too, in that much memory again. What was packed can't be saved or fingerprinted. A tied head is packed for decoding beside
+        the embeddings, which are looked up; in training its share is too small to pay for that."""
+        if self.cfg.tie_word_embeddings and not training:
             self.lm_head = Linear(self.cfg.hidden_size, self.cfg.vocab_size, bias=False, device="meta")
             self.lm_head.weight = self.model.embed_tokens.weight
         for module in self.modules():
             if isinstance(module, Linear):
                 module.transposed = packed(module.weight.t()) if training else None
                 module.weight = nn.Parameter(packed(module.weight), requires_grad=False)
+        plain = [p for p in self.parameters() if not p.is_mkldnn]
+        for p in plain if len(plain) < len(list(self.parameters())) else ():
+            p.data = p.data.clone()  # a view of the checkpoint's file would keep all of it in memory
 
     def fingerprint(self):
         """16 hex digits that tell backbones apart: configuration and samples of two weights, the same in fp32 and

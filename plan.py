@@ -17,12 +17,13 @@ def saved_bytes(cfg, rows, tokens, targets, element):
     `tokens` each, `targets` in all, activations of `element` bytes.
 
     A layer keeps two fp32 norm inputs, attention's q, k, v and output, the dropped inputs of three LoRA branches with
-    their masks, and SwiGLU's three factors, the last layer for targets only; frozen projections keep nothing. The loss
-    keeps a gradient of its states.
+    their masks, and SwiGLU's three factors; the last layer keeps for all tokens its first norm's input, keys and values only,
+    the rest for targets; frozen projections keep nothing. The loss keeps a gradient of its states.
     """
     D, F_, heads = cfg.hidden_size, cfg.intermediate_size, 2 * (cfg.num_attention_heads + cfg.num_key_value_heads) * cfg.head_dim
     layer = D * (2 * 4 + 2 * (1 + element)) + heads * element + F_ * (3 * element + 1 + element)
-    return (rows * tokens * (cfg.num_hidden_layers - 1) + targets) * layer + targets * D * element
+    last = D * 4 + 2 * cfg.num_key_value_heads * cfg.head_dim * element
+    return rows * tokens * ((cfg.num_hidden_layers - 1) * layer + last) + targets * (layer + D * element)
 
 
 def dry_run(args):
@@ -63,10 +64,11 @@ def dry_run(args):
     if args.micro_batch_tokens:  # what fits, rounded up: somewhat shorter rows use the tokens to the last
         rows = min(math.ceil(max(1, args.micro_batch_tokens / length)), args.batch_size)
     most = args.batch_size if args.micro_batch_tokens else rows  # rows, if they are short
-    for what, element, device, copies in (("bf16 backbone (GPU)", 2, "cuda", 1), ("fp32 backbone (CPU)", 4, "cpu", 2)):  # CausalLM.pack
+    transposed = frozen - cfg.vocab_size * cfg.hidden_size  # CausalLM.pack: all but the embeddings
+    for what, element, device, weights in (("bf16 backbone (GPU)", 2, "cuda", frozen), ("fp32 backbone (CPU)", 4, "cpu", frozen + transposed)):
         # fp32 weight, gradient and two moments are 16 bytes a trained parameter; an expert of A and of B is gathered a row;
         # beside the logits that are there at one time the loss holds about four fp32 copies of them
-        parts = [frozen * element * copies, 16 * trained, most * expert * element,
+        parts = [weights * element, 16 * trained, most * expert * element,
                  saved_bytes(cfg, rows * passes, length, rows * passes * targets, element)
                  + min(LOGITS[device], rows * passes * targets * cfg.vocab_size) * (4 * 4 + element)]
         print(f"memory:     at most {sum(parts) / 2**30:.1f} GiB a process, {what}: weights {parts[0] / 2**30:.1f}, adapter with gradient and Adam {parts[1] / 2**30:.1f}, "

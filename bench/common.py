@@ -1,6 +1,7 @@
 """What the benches share: sizes, random weights that ours and the peer load, sentences, repeats, the report."""
 
 import argparse
+import ctypes
 import json
 import os
 import platform
@@ -99,11 +100,14 @@ def prompts_and_limits(tokenizer, rows):
     return prompts, [len(tokenizer.ids(row["tgt"].strip())) + 1 for row in rows]
 
 
-def load_both(size, folder, shared, device, dtype):
-    """(our model, our adapter, the peer): the same random checkpoint, and peft's LoRA of rank 16 with the experts of de and zh."""
+def load_both(size, folder, shared, device, dtype, side=None):
+    """(our model, our adapter, the peer): the same random checkpoint, and peft's LoRA of rank 16 with the experts of de and zh.
+    For one `side`, ours or a peer's name, the other's model is None."""
     model_class = make_checkpoint(size, folder, shared)
-    lm = backbone.load(folder, device, dtype)
-    adapter = random_adapter(lm.cfg, LANGUAGES, device)
+    adapter = random_adapter(backbone.Config.load(folder), LANGUAGES, device)
+    lm = backbone.load(folder, device, dtype) if side in (None, "ours") else None
+    if side == "ours":
+        return lm, adapter, None
     config = peft.LoraConfig(r=16, lora_alpha=64, lora_dropout=0.1, target_modules=list(TARGET_MODULES))
     peer = peft.get_peft_model(model_class.from_pretrained(folder, dtype=dtype).to(device), config)
     with torch.no_grad():
@@ -194,43 +198,49 @@ def machine(device):
             "date": time.strftime("%Y-%m-%d")}
 
 
-def peak_bytes(function, device):
-    """Peak memory that one call of `function` needs beyond what is there, in a process that has not called it before (CPU)."""
+def resident_bytes(device, key="VmRSS"):
+    """Bytes of this process in memory; on a GPU of its tensors, whatever the key of /proc/self/status (Linux)."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated()
+    return int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith(key))) * 1024
+
+
+def peak_bytes(function, device, since):
+    """Memory at the peak of one call of `function`, less `since` bytes. On a CPU it is the whole process's, so that what
+    earlier calls left counts too."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
         function()
-        return torch.cuda.max_memory_allocated() - before
-    status = lambda key: int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith(key))) * 1024
-    open("/proc/self/clear_refs", "w").write("5")  # the peak counts from here (Linux)
-    before = status("VmRSS")
+        return torch.cuda.max_memory_allocated() - since
+    ctypes.CDLL(None).malloc_trim(0)  # else what loading has freed would count (glibc; the next lines are Linux's)
+    open("/proc/self/clear_refs", "w").write("5")  # the peak counts from here
     function()
-    return status("VmHWM") - before
+    return resident_bytes(device, "VmHWM") - since
 
 
 class Side:
     """The run `name` of this very command in a process of its own, as its users have it: neither speed nor peak memory
-    depends on the heap that another side leaves. Calling it runs it once; `peak` is that of its first run, in bytes."""
+    depends on the heap that another side leaves. Calling it runs it once; `peak` is that of its first run, model included, in
+    bytes, and `told` what else its process has to tell."""
 
     def __init__(self, name):
         self.process = subprocess.Popen([sys.executable, *sys.argv, "--side", name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.peak = int(self.answer())
+        self.peak, self.told = json.loads(self.answer())
 
     def answer(self):
         line = self.process.stdout.readline()
         if not line:
-            sys.exit(f"{' '.join(self.process.args)}: ended with status {self.process.wait()}")
+            sys.exit(f"{' '.join(map(str, self.process.args))}: ended with status {self.process.wait()}")
         return line
 
     def __call__(self):
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
+        print(file=self.process.stdin, flush=True)
         self.answer()
 
 
-def serve(run, device):
+def serve(run, device, since, told=None):
     """The other end of a Side."""
-    print(peak_bytes(run, device), flush=True)
+    print(json.dumps([peak_bytes(run, device, since), told]), flush=True)
     for _ in sys.stdin:
         run()
         print("done", flush=True)

@@ -31,8 +31,8 @@ def main():
     device, dtype = device_and_dtype("auto")
     folder = Path(args.work) / args.size
     make_checkpoint(args.size, folder, args.shared)
-    lm = backbone.load(folder, device, dtype)
-    tokenizer = tokenizer_of(args.size, folder, lm.cfg)
+    cfg = backbone.Config.load(folder)
+    tokenizer = tokenizer_of(args.size, folder, cfg)
     rows, source = sentence_rows(args.shared, max(args.pairs, args.sentences))
     examples, _ = encode(tokenizer, rows[: args.pairs])
     rows = rows[: args.sentences]
@@ -40,14 +40,14 @@ def main():
     prompts, limits = prompts_and_limits(tokenizer, rows)
     settings = SimpleNamespace(micro_batch_size=4, micro_batch_tokens=2048, rdrop_alpha=0.1, normalize="tokens")
     hundred, rng = [f"l{i}" for i in range(100)], random.Random(0)
-    adapters = {len(languages): random_adapter(lm.cfg, languages, device) for languages in (LANGUAGES, hundred)}
+    adapters = {len(languages): random_adapter(cfg, languages, device) for languages in (LANGUAGES, hundred)}
     directions = {
         "plain LoRA": (6, [("de", "zh")] * len(rows)),
         "6 languages": (6, [(row["src_lang"], row["tgt_lang"]) for row in rows]),
         "100 languages": (100, [tuple(rng.sample(hundred, 2)) for _ in rows]),
     }
 
-    def train_run(count, langs):
+    def train_run(lm, count, langs):
         batch = [e._replace(src_lang=s, tgt_lang=t) for e, (s, t) in zip(examples, langs)]
 
         def run():
@@ -55,7 +55,7 @@ def main():
             backward(lm, adapters[count], batch, settings, Ranks(0, 1), dtype)
         return run
 
-    def decode_run(count, langs):
+    def decode_run(lm, count, langs):
         def run():
             queue = (Row(i, prompts[i], *langs[i], limits[i]) for i in decoding_order(rows))
             for _ in decode(lm, adapters[count], dtype, queue, (), len(rows)):
@@ -66,8 +66,9 @@ def main():
     for what, make in (("training", train_run), ("decoding", decode_run)):
         lm = backbone.load(folder, device, dtype)
         lm.pack(training=what == "training")
-        times = alternate({name: make(*directions[name]) for name in directions}, args.repeats, device)
+        times = alternate({name: make(lm, *directions[name]) for name in directions}, args.repeats, device)
         result[what] = {name: ratios(times, name, "plain LoRA") for name in directions if name != "plain LoRA"}
+        del lm
     result["machine"] = machine(device)
     report(result, args.out)
 

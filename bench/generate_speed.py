@@ -4,9 +4,9 @@
 
 Ours: generate.py's own `decode`, all directions mixed, every row on its own experts, waiting rows taking the places of
 ended ones. The peer: `generate` with its KV cache and one adapter of peft for all rows (one direction, which favours it),
-padded on the left; the best of batches of 32 and 64, adapter merged and unmerged: `usual` in the order of the sentences,
-`sorted` by the prompt's length. Random weights don't end a sentence: on both sides a row ends after as many tokens as its
-reference has. Prints one JSON line.
+padded on the left; the best of batches of 32 and 64, adapter merged and unmerged, on the first --trial sentences: `usual` in the
+order of the sentences, `sorted` by the prompt's length. Random weights don't end a sentence: on both sides a row ends after as many tokens as its
+reference has. On a CPU each side has a process of its own. Prints one JSON line.
 """
 
 import copy
@@ -16,8 +16,9 @@ from pathlib import Path
 import torch
 from transformers import StoppingCriteria
 
-from common import alternate, bench_parser, load_both, machine, matmul_rate, now, prompts_and_limits, ratios, report, sentence_rows, tokenizer_of
+from common import Side, alternate, bench_parser, load_both, machine, matmul_rate, now, prompts_and_limits, ratios, report, resident_bytes, sentence_rows, serve, tokenizer_of
 
+import model as backbone
 from devices import device_and_dtype
 from generate import Row, decode, decoding_order
 
@@ -54,18 +55,22 @@ def peer_decode(model, prompts, limits, order, batch_size, device):
 def main():
     parser = bench_parser(__doc__)
     parser.add_argument("--sentences", type=int, default=96)
-    parser.add_argument("--trial", type=int, default=64, help="sentences on which the peer's settings are tried")
+    parser.add_argument("--trial", type=int, default=64, help="sentences on which the peer's settings are tried; batches of 64 if these are more than 32")
     parser.add_argument("--batch-size", type=int, default=128, help="of ours; the peer's is the better of 32 and 64")
+    parser.add_argument("--side", choices=["ours", "usual", "sorted"], help="be one side's process")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     device, dtype = device_and_dtype("auto")
-    folder = Path(args.work) / args.size
-    lm, adapter, peer = load_both(args.size, folder, args.shared, device, dtype)
-    lm.pack()
-    peers = {"unmerged": peer.eval(), "merged": copy.deepcopy(peer).merge_and_unload().eval()}
-    tokenizer = tokenizer_of(args.size, folder, lm.cfg)
+    folder, empty = Path(args.work) / args.size, resident_bytes(device)
+    lm, adapter, peer = load_both(args.size, folder, args.shared, device, dtype, args.side)
+    cfg = backbone.Config.load(folder)
+    tokenizer = tokenizer_of(args.size, folder, cfg)
     rows, source = sentence_rows(args.shared, args.sentences)
     prompts, limits = prompts_and_limits(tokenizer, rows)
+    orders = {"usual": list(range(len(rows))), "sorted": sorted(range(len(rows)), key=lambda i: -len(prompts[i]))}
+    if lm:
+        layer_weights = sum(p.numel() for name, p in lm.named_parameters() if name.startswith("model.layers"))
+        lm.pack()
 
     def ours(one_way=False):
         order = decoding_order(rows)
@@ -73,29 +78,42 @@ def main():
         queue = (Row(i, prompts[i], *langs[i], limits[i]) for i in order)
         return {row.key: row.out for row in decode(lm, adapter, dtype, queue, (), args.batch_size)}
 
-    in_order, by_length = list(range(len(rows))), sorted(range(len(rows)), key=lambda i: -len(prompts[i]))
-    theirs = lambda kind, order, size: lambda: peer_decode(peers[kind], prompts, limits, order, size, device)
-    some = by_length[:: max(1, len(rows) // 16)]
-    agreed, mine = peer_decode(peer, prompts, limits, some, 32, device), ours(one_way=True)
+    def theirs(order):
+        """The peer in its best setting, each tried once on the first sentences: (run, seconds of each)."""
+        sizes = (32, 64) if min(args.trial, len(rows)) > 32 else (32,)
+        settings, tried = [(size, kind) for size in sizes for kind in peers], []
+        for model in peers.values():  # the first to be tried should not pay for the start
+            peer_decode(model, prompts, limits, order[:2], 2, device)
+        for size, kind in settings:
+            started = now(device)
+            peer_decode(peers[kind], prompts, limits, order[: args.trial], size, device)
+            tried.append(round(now(device) - started, 2))
+        size, kind = settings[tried.index(min(tried))]
+        chosen = peers[kind]
+        return lambda: peer_decode(chosen, prompts, limits, order, size, device), {f"batch {size}, {kind}": t for (size, kind), t in zip(settings, tried)}
+
+    peers = {"unmerged": peer.eval(), "merged": copy.deepcopy(peer).merge_and_unload().eval()} if peer is not None and (args.side or device.type == "cuda") else {}
+    if args.side:
+        run, tried = (ours, None) if args.side == "ours" else theirs(orders[args.side])
+        return serve(run, device, empty, tried)
+
+    some = orders["sorted"][:: max(1, len(rows) // 16)]
+    agreed, mine = peer_decode(peer.eval(), prompts, limits, some, 32, device), ours(one_way=True)
     differ = sum(agreed[i] != mine[i] for i in some)
     assert dtype != torch.float32 or differ == 0, f"{differ} of {len(some)} greedy outputs differ"
-
-    tried, runs, settings = {}, {"ours": ours}, [(kind, size) for kind in peers for size in (32, 64)]
-    for name, order in (("usual", in_order), ("sorted", by_length)):  # the peer's best setting, each tried once on the first sentences
-        seconds = []
-        for kind, size in settings:
-            started = now(device)
-            theirs(kind, order[: args.trial], size)()
-            seconds.append(round(now(device) - started, 2))
-            tried[f"{name}, batch {size}, {kind}"] = seconds[-1]
-        kind, size = settings[seconds.index(min(seconds))]
-        runs[name] = theirs(kind, order, size)
-        print(f"{name}: {tried}", file=sys.stderr, flush=True)
+    if device.type == "cpu":
+        lm = adapter = peer = None
+        runs = {name: Side(name) for name in ("ours", *orders)}
+        tried = {name: runs[name].told for name in orders}
+    else:
+        runs, tried = {"ours": ours}, {}
+        for name, order in orders.items():
+            runs[name], tried[name] = theirs(order)
+    print(tried, file=sys.stderr, flush=True)
     times = alternate(runs, args.repeats, device)
     rate = matmul_rate(device, dtype)
     tokens, read = sum(limits), sum(map(len, prompts))
-    layer_weights = sum(p.numel() for name, p in lm.named_parameters() if name.startswith("model.layers"))
-    flops = 2 * ((read + tokens) * layer_weights + tokens * lm.cfg.vocab_size * lm.cfg.hidden_size)
+    flops = 2 * ((read + tokens) * layer_weights + tokens * cfg.vocab_size * cfg.hidden_size)  # 2 a weight and token, needed or not
     median = lambda name: sorted(times[name])[len(times[name]) // 2]
     result = {"bench": "generate", "size": args.size, "sentences": source, "count": len(rows), "prompt_tokens": read, "output_tokens": tokens, "batch_size": args.batch_size,
               "sentences_per_s": {name: round(len(rows) / median(name), 2) for name in runs}, "output_tokens_per_s": {name: round(tokens / median(name), 1) for name in runs},

@@ -15,8 +15,9 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
-from common import Side, alternate, bench_parser, load_both, machine, matmul_rate, peak_bytes, ratios, report, sentence_rows, serve, tokenizer_of
+from common import Side, alternate, bench_parser, load_both, machine, matmul_rate, peak_bytes, ratios, report, resident_bytes, sentence_rows, serve, tokenizer_of
 
+import model as backbone
 from crosslora import TARGET_MODULES
 from data import IGNORE, collate, encode, target_count
 from devices import Ranks, device_and_dtype
@@ -57,16 +58,18 @@ def main():
     parser = bench_parser(__doc__)
     parser.add_argument("--pairs", type=int, default=32, help="the effective batch")
     parser.add_argument("--micro-batch-size", type=int, default=4, help="of both peers; ours fills as many tokens as that many rows of 512 have")
-    parser.add_argument("--max-length", type=int, default=512, help="longer pairs are left out: the peer's logits of one with 227 tokens need 19 GB at M")
-    parser.add_argument("--side", help="be one side's process: ours, usual or tuned")
+    parser.add_argument("--max-length", type=int, default=512, help="longer pairs are left out: four padded to 227 tokens take the usual peer 19 GB at M")
+    parser.add_argument("--side", choices=["ours", "usual", "tuned"], help="be one side's process")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     device, dtype = device_and_dtype("auto")
     folder = Path(args.work) / args.size
-    lm, adapter, peer = load_both(args.size, folder, args.shared, device, dtype)
-    layer_weights = sum(p.numel() for name, p in lm.named_parameters() if name.startswith("model.layers"))
-    lm.pack(training=True)
-    tokenizer = tokenizer_of(args.size, folder, lm.cfg)
+    empty = resident_bytes(device)
+    lm, adapter, peer = load_both(args.size, folder, args.shared, device, dtype, args.side)
+    if lm:
+        lm.pack(training=True)
+    cfg = backbone.Config.load(folder)
+    tokenizer = tokenizer_of(args.size, folder, cfg)
     rows, source = sentence_rows(args.shared, args.pairs)
     examples, _ = encode(tokenizer, rows, args.max_length)
 
@@ -84,8 +87,10 @@ def main():
 
     runs = {"ours": ours, "usual": theirs(False, args.micro_batch_size), "tuned": theirs(True, args.micro_batch_size)}
     if args.side:
-        lm, adapter, peer = (lm, adapter, None) if args.side == "ours" else (None, None, peer)  # the others' memory is free again
-        return serve(runs[args.side], device)
+        if args.side != "ours":
+            adapter = None  # the peer has copied two of its experts
+            peer.train()
+        return serve(runs[args.side], device, empty)
 
     # Agreement first: dropout off, all rows in the one direction that the peer has.
     one_way = [e._replace(src_lang="de", tgt_lang="zh") for e in examples]
@@ -106,13 +111,17 @@ def main():
     peer.train()
 
     tokens, targets = sum(len(e.ids) - 1 for e in examples), sum(target_count(e) for e in examples)
-    flops = 2 * 4 * (tokens * layer_weights + targets * lm.cfg.vocab_size * lm.cfg.hidden_size)  # two passes, 4 a weight and token
+    layer_weights = sum(p.numel() for name, p in lm.named_parameters() if name.startswith("model.layers"))
+    flops = 2 * 4 * (tokens * layer_weights + targets * cfg.vocab_size * cfg.hidden_size)  # two passes, 4 a weight and token, needed or not
     if device.type == "cpu":
-        lm = adapter = peer = None
+        lm = adapter = peer = layer = bank = lora = a = b = None  # the sides have their own
         runs = {name: Side(name) for name in runs}
         peaks = {name: side.peak for name, side in runs.items()}
     else:
-        peaks = {name: peak_bytes(run, device) for name, run in runs.items()}
+        for module in (adapter, peer):
+            module.zero_grad(set_to_none=True)  # a step's gradients are part of its peak
+        own = lambda name: sum(p.nbytes for module in ((lm, adapter) if name == "ours" else (peer,)) for p in module.parameters())
+        peaks = {name: peak_bytes(run, device, resident_bytes(device) - own(name)) for name, run in runs.items()}
     times = alternate(runs, args.repeats, device)
     rate = matmul_rate(device, dtype)
     median = lambda name: sorted(times[name])[len(times[name]) // 2]

@@ -82,19 +82,19 @@ def test_wanted_positions_are_those_of_the_whole_pass(tmp_path, kind):
     lm.model.embed_tokens.weight.requires_grad_()
     torch.manual_seed(1)
     tokens, wanted = torch.randint(0, 300, (3, 20)), torch.tensor([[19, 3], [7, 8], [0, 11]])
-    weights, gradients = torch.randn(3, 2, lm.cfg.hidden_size), []
-    whole = lm(tokens)[torch.arange(3)[:, None], wanted]
-    for some in (whole, lm(tokens, wanted=wanted)):
+    for at in (wanted, wanted[:, :1]):
+        weights = torch.randn(*at.shape, lm.cfg.hidden_size)
+        whole, some = lm(tokens)[torch.arange(3)[:, None], at], lm(tokens, wanted=at)
         assert torch.allclose(some, whole, atol=1e-5)
-        (some * weights).sum().backward()
-        gradients.append(lm.model.embed_tokens.weight.grad)
-        lm.model.embed_tokens.weight.grad = None
-    assert torch.allclose(*gradients, atol=1e-4) and gradients[0].abs().max() > 0.1
+        expected, ours = (torch.autograd.grad((x * weights).sum(), lm.model.embed_tokens.weight)[0] for x in (whole, some))
+        assert torch.allclose(ours, expected, atol=1e-4) and expected.abs().max() > 0.1
     with torch.no_grad():
         caches = [backbone.KVCache(lm.cfg, 3, 20, "cpu", torch.float32) for _ in range(2)]
-        whole = lm(tokens, cache=caches[0], slots=20)
-        last = lm(tokens, cache=caches[1], slots=20, wanted=wanted[:, :1])
-        assert torch.allclose(last[:, 0], whole[torch.arange(3), wanted[:, 0]], atol=1e-5)
+        for start, end in ((0, 12), (12, 20)):  # the second time with more slots than tokens
+            part, at = tokens[:, start:end], torch.arange(start, end).expand(3, -1)
+            for some in (wanted[:, :1] % (end - start), wanted % (end - start)):
+                whole, last = (lm(part, None, at, cache, end, w) for cache, w in zip(caches, (None, some)))
+                assert torch.allclose(last, whole[torch.arange(3)[:, None], some], atol=1e-5)
         assert all(torch.equal(a, b) for a, b in zip(caches[0].k + caches[0].v, caches[1].k + caches[1].v))
 
 
