@@ -15,19 +15,20 @@ LOGITS = {"cpu": 2**23, "cuda": 2**27}  # elements held at one time; blocks over
 BLOCK = 2**20  # of those, elements that a CPU works on together: 4 MiB stay in its caches from one operation to the next
 
 
+def by_onednn(x):
+    return ONEDNN is not None and not x.is_cuda and x.dtype == torch.float32
+
+
 def product(x, weight, bias=None, update=None):
     """x (..., D_in) times weight, plus bias (D_out,), plus update (..., D_out): (..., D_out), without derivatives."""
-    if ONEDNN is None or x.is_cuda or x.dtype != torch.float32:
-        y = F.linear(x, weight, bias)
-    else:
-        y = ONEDNN(x, weight, bias, "none", [], "")
+    y = ONEDNN(x, weight, bias, "none", [], "") if by_onednn(x) else F.linear(x, weight, bias)
     return y if update is None else y.add_(update)
 
 
 def packed(weight):
     """A frozen weight in the order in which oneDNN multiplies it, which it otherwise finds anew for every product: a few tokens
     take half the time. Only `product` can read the result. Where oneDNN does not compute, the weight as it is."""
-    if ONEDNN is None or weight.is_cuda or weight.dtype != torch.float32:
+    if not by_onednn(weight):
         return weight.detach()
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), 32)  # tokens expected; 8 and 1,024 give the same on an AVX-512 EPYC
 

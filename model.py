@@ -295,9 +295,9 @@ class CausalLM(nn.Module):
             if isinstance(module, Linear):
                 module.transposed = packed(module.weight.t()) if training else None
                 module.weight = nn.Parameter(packed(module.weight), requires_grad=False)
-        plain = [p for p in self.parameters() if not p.is_mkldnn]
-        for p in plain if len(plain) < len(list(self.parameters())) else ():
-            p.data = p.data.clone()  # a view of the checkpoint's file would keep all of it in memory
+        if any(p.is_mkldnn for p in self.parameters()):  # the others are views of the checkpoint's file, and would keep all of it in memory
+            for p in filter(lambda p: not p.is_mkldnn, self.parameters()):
+                p.data = p.data.clone()
 
     def fingerprint(self):
         """16 hex digits that tell backbones apart: configuration and samples of two weights, the same in fp32 and

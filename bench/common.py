@@ -1,6 +1,7 @@
 """What the benches share: sizes, random weights that ours and the peer load, sentences, repeats, the report."""
 
 import argparse
+import contextlib
 import ctypes
 import json
 import os
@@ -220,12 +221,11 @@ def peak_bytes(function, device, since):
 
 class Side:
     """The run `name` of this very command in a process of its own, as its users have it: neither speed nor peak memory
-    depends on the heap that another side leaves. Calling it runs it once; `peak` is that of its first run, model included, in
-    bytes, and `told` what else its process has to tell."""
+    depends on the heap that another side leaves. Calling it runs it once; `told` is what its process tells first."""
 
     def __init__(self, name):
         self.process = subprocess.Popen([sys.executable, *sys.argv, "--side", name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.peak, self.told = json.loads(self.answer())
+        self.told = json.loads(self.answer())
 
     def answer(self):
         line = self.process.stdout.readline()
@@ -234,13 +234,14 @@ class Side:
         return line
 
     def __call__(self):
-        print(file=self.process.stdin, flush=True)
+        with contextlib.suppress(BrokenPipeError):  # answer() says what became of it
+            print(file=self.process.stdin, flush=True)
         self.answer()
 
 
-def serve(run, device, since, told=None):
+def serve(run, told):
     """The other end of a Side."""
-    print(json.dumps([peak_bytes(run, device, since), told]), flush=True)
+    print(json.dumps(told), flush=True)
     for _ in sys.stdin:
         run()
         print("done", flush=True)

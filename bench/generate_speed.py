@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from transformers import StoppingCriteria
 
-from common import Side, alternate, bench_parser, load_both, machine, matmul_rate, now, prompts_and_limits, ratios, report, resident_bytes, sentence_rows, serve, tokenizer_of
+from common import Side, alternate, bench_parser, load_both, machine, matmul_rate, now, prompts_and_limits, ratios, report, sentence_rows, serve, tokenizer_of
 
 import model as backbone
 from devices import device_and_dtype
@@ -61,7 +61,7 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     device, dtype = device_and_dtype("auto")
-    folder, empty = Path(args.work) / args.size, resident_bytes(device)
+    folder = Path(args.work) / args.size
     lm, adapter, peer = load_both(args.size, folder, args.shared, device, dtype, args.side)
     cfg = backbone.Config.load(folder)
     tokenizer = tokenizer_of(args.size, folder, cfg)
@@ -95,7 +95,7 @@ def main():
     peers = {"unmerged": peer.eval(), "merged": copy.deepcopy(peer).merge_and_unload().eval()} if peer is not None and (args.side or device.type == "cuda") else {}
     if args.side:
         run, tried = (ours, None) if args.side == "ours" else theirs(orders[args.side])
-        return serve(run, device, empty, tried)
+        return serve(run, tried)
 
     some = orders["sorted"][:: max(1, len(rows) // 16)]
     agreed, mine = peer_decode(peer.eval(), prompts, limits, some, 32, device), ours(one_way=True)

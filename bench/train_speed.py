@@ -90,7 +90,7 @@ def main():
         if args.side != "ours":
             adapter = None  # the peer has copied two of its experts
             peer.train()
-        return serve(runs[args.side], device, empty)
+        return serve(runs[args.side], peak_bytes(runs[args.side], device, empty))
 
     # Agreement first: dropout off, all rows in the one direction that the peer has.
     one_way = [e._replace(src_lang="de", tgt_lang="zh") for e in examples]
@@ -116,7 +116,7 @@ def main():
     if device.type == "cpu":
         lm = adapter = peer = layer = bank = lora = a = b = None  # the sides have their own
         runs = {name: Side(name) for name in runs}
-        peaks = {name: side.peak for name, side in runs.items()}
+        peaks = {name: side.told for name, side in runs.items()}
     else:
         for module in (adapter, peer):
             module.zero_grad(set_to_none=True)  # a step's gradients are part of its peak
