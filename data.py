@@ -18,7 +18,7 @@ import tokenizers
 import torch
 from tqdm import tqdm
 
-from corpora import all_files, fetch, flores_file, opus_files, read_aligned, sources
+from corpora import NOISE, all_files, clean, fetch, flores_file, opus_files, read_aligned, sources
 from files import UserError, at_least, claim, file_sha256, read_json, read_lines, run_main, write_atomic, write_jsonl
 
 
@@ -38,7 +38,6 @@ LANGUAGES = {  # a new language is a line here and its code in --languages; the 
 }
 PIVOT = "en"
 PROMPT = "Translate the following {src} sentences into {tgt}: "  # section 4.1
-NOISE = ("duplicate", "identical", "length_ratio")  # of OPUS-100's training pairs, see clean()
 IGNORE = -100  # label of a position that is not trained on (F.cross_entropy's convention)
 
 # Chat formats as the published templates render one user turn; `{prompt}` is where the text goes.
@@ -194,6 +193,17 @@ def collate(examples):
     return tokens, labels
 
 
+def concatenate(examples, copies):
+    """As collate without pads: tokens (1, T), each row `copies` times one after another; labels (N,), all target tokens; where those
+    before them stand in each copy, (N, copies), indices into T; the lengths of all rows."""
+    lengths = [len(e.ids) - 1 for e in examples for _ in range(copies)]
+    tokens = np.concatenate([e.ids[:-1] for e in examples for _ in range(copies)])[None]
+    labels = np.concatenate([e.ids[e.prompt_length :] for e in examples])
+    ends = np.cumsum(lengths).reshape(-1, copies)  # (examples, copies); the last tokens of a row stand before its targets
+    at = np.concatenate([np.arange(-target_count(e), 0)[:, None] + end for e, end in zip(examples, ends)])
+    return *(torch.from_numpy(x).long() for x in (tokens, labels, at)), lengths
+
+
 def epoch_order(count, seed, epoch):
     """Order of the examples in an epoch: a function of seed and epoch alone, never of the number of processes."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
@@ -224,39 +234,11 @@ def read_flores(root, languages, split):
     return read_aligned([flores_file(root, LANGUAGES[code].flores, split) for code in languages])
 
 
-CHINESE = re.compile("[\u3400-\u9fff]")
-
-
-def length_ratio(a, b):
-    """Longer over shorter, in letters, a Chinese character counting as three. On FLORES-200's human translations this
-    puts the six languages on one scale: 99.9 % of the pairs stay under 2.2 (under 6.1 in plain characters)."""
-    a, b = (len(text) + 2 * len(CHINESE.findall(text)) for text in (a, b))
-    return max(a, b) / max(1, min(a, b))
-
-
-def clean(pairs, held_out_en, held_out_x, drop, max_ratio):
-    """OPUS-100 training pairs (en, x) without noise, and a count a rule. Each pair counts under the first rule that it
-    breaks; pairs with an empty side or a side in a dev or test set are always left out, those of the rules in `drop`
-    (of NOISE) too, and the others are counted but kept."""
-    kept, seen, count = [], set(), dict.fromkeys(("read", "empty", "in_dev_or_test", *NOISE), 0)
-    for en, x in pairs:
-        count["read"] += 1
-        broken = {"empty": not en or not x, "in_dev_or_test": en in held_out_en or x in held_out_x, "duplicate": (en, x) in seen,
-                  "identical": en == x, "length_ratio": length_ratio(en, x) > max_ratio}
-        rule = next((name for name, bad in broken.items() if bad), None)
-        seen.add((en, x))
-        if rule:
-            count[rule] += 1
-        if rule is None or rule in NOISE and rule not in drop:
-            kept.append((en, x))
-    return kept, count
-
-
 def prepare(root, languages, train_pairs=20000, dev_pairs=2000, test_pairs=2000, pivot_pairs=100000, drop=NOISE, max_ratio=5.0, seed=0):
     """The paper's sampling (sections 4.1, A.2, Table 5). Returns {file name: rows} and a report of counts.
 
     One sample of `train_pairs` a language serves both directions; of what is left of the training set, `pivot_pairs`
-    are the pivot's source, none of whose sentences Stage 1 trains on. `drop`, `max_ratio`: see clean().
+    are the pivot's source, none of whose sentences Stage 1 trains on. `drop`, `max_ratio`: see corpora.clean.
     """
     flores = {split: read_flores(root, languages, split) for split in ("dev", "devtest")}
     held_out = {code: {row[i] for row in flores["devtest"]} for i, code in enumerate(languages)}

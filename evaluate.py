@@ -19,18 +19,10 @@ from tqdm import tqdm
 from baselines import add_system_argument, engine_of, translate_via_english
 from data import LANGUAGES, all_directions, read_jsonl
 from devices import claim_run, init_distributed
-from files import UserError, at_least, file_sha256, markdown, read_json, run_main, write_atomic, write_jsonl
+from files import UserError, at_least, file_sha256, read_json, run_main, write_atomic, write_jsonl
 from generate import add_engine_arguments, translate_jsonl
-from scores import NAMES, comet_scores, language_identifier, load_comet, paired_bootstrap, score
-from tables import averages, compare, curves, direction_table, heat_maps, table_1
-
-
-def group(rows):
-    """Rows by direction: {(src, tgt): rows}."""
-    by_direction = {}
-    for row in rows:
-        by_direction.setdefault((row["src_lang"], row["tgt_lang"]), []).append(row)
-    return by_direction
+from scores import comet_scores, language_identifier, load_comet, score
+from tables import against, averages, compare, curves, direction_table, group, heat_maps, table_1
 
 
 def choose(rows, source, wanted):
@@ -48,28 +40,6 @@ def choose(rows, source, wanted):
     if missing:
         raise UserError(f"{source}: no pairs for {', '.join(missing)}")
     return {pair: by_direction[pair] for pair in directions}
-
-
-def against(folder, other, samples):
-    """Markdown: paired bootstrap of two finished evaluations, a line a direction (scores.paired_bootstrap). Raises
-    UserError if they have no direction in common or translated other sentences."""
-    ours, theirs = (group(read_jsonl(Path(side) / "hypotheses.jsonl", need=("tgt",), text=("hyp",))) for side in (folder, other))
-    shared = [pair for pair in ours if pair in theirs]
-    if not shared:
-        raise UserError(f"--against {other}: no direction in common with {folder}")
-    lines, better = [], {"bleu": [0, 0], "chrf": [0, 0]}
-    for pair in tqdm(shared, desc="resampling", disable=None):
-        found = paired_bootstrap(ours[pair], theirs[pair], pair[1], samples)
-        line = ["-".join(pair)]
-        for key, r in found.items():
-            line += [f"{r['ours']:.2f} ± {r['ours_ci']:.2f}", f"{r['theirs']:.2f} ± {r['theirs_ci']:.2f}", f"{r['p']:.3f}"]
-            if r["p"] < 0.05:
-                better[key][r["ours"] < r["theirs"]] += 1
-        lines.append(line)
-    names = [Path(folder).name, Path(other).name]
-    header = ["direction", *(f"{NAMES[key]} {what}" for key in better for what in (*names, "p"))]
-    summary = "".join(f"{NAMES[key]}: {names[0]} better in {a}, {names[1]} better in {b} of {len(lines)} directions (p < 0.05)  \n" for key, (a, b) in better.items())
-    return markdown(header, lines) + f"\n{summary}± is half of the 95 % interval; paired bootstrap by sacrebleu, {samples} samples.\n"
 
 
 def main():

@@ -18,11 +18,13 @@ from collections import Counter
 from pathlib import Path
 
 from baselines import add_system_argument, engine_of
-from data import PIVOT, length_ratio, pair_row, parse_languages, read_jsonl
+from corpora import length_ratio
+from data import PIVOT, pair_row, parse_languages, read_jsonl
 from devices import claim_run, init_distributed
-from files import UserError, at_least, file_sha256, markdown, read_json, run_main, write_atomic, write_jsonl
+from files import UserError, at_least, file_sha256, read_json, run_main, write_atomic, write_jsonl
 from generate import add_engine_arguments, translate_jsonl
 from scores import language_identifier
+from tables import report_table
 
 RULES = ("empty", "cut_off", "off_target", "length_ratio", "duplicate")
 
@@ -38,13 +40,6 @@ def rejected(row, lang, source, identify, max_ratio):
     if length_ratio(source, row["hyp"]) > max_ratio:
         return "length_ratio"
     return None
-
-
-def report_table(report):
-    """Generated, kept and dropped by rule, a line a direction. A pair whose English was dropped counts as "en: rule"."""
-    keys = ["generated", "kept", *(f"en: {rule}" for rule in RULES[:-1]), *RULES]
-    keys = [k for k in keys if k in ("generated", "kept") or any(r.get(k) for r in report.values())]
-    return markdown(["direction", *keys, "ended because"], [[d, *(str(r.get(k, 0)) for k in keys), r["ended"]] for d, r in report.items()])
 
 
 def main():
@@ -143,9 +138,9 @@ def main():
             report["-".join(d)] = {"generated": 0, **counts[d], "kept": len(pairs), "ended": ended}
     write_jsonl(out / "pseudo.train.jsonl", train)
     write_jsonl(out / "pseudo.dev.jsonl", dev)
-    write_atomic(out / "report.md", report_table(report))
+    write_atomic(out / "report.md", report_table(report, RULES))
     write_atomic(out / "report.json", json.dumps(report, indent=2) + "\n")
-    print(report_table(report) + f"{out / 'pseudo.train.jsonl'}: {len(train)} pairs, {out / 'pseudo.dev.jsonl'}: {len(dev)}")
+    print(report_table(report, RULES) + f"{out / 'pseudo.train.jsonl'}: {len(train)} pairs, {out / 'pseudo.dev.jsonl'}: {len(dev)}")
     lock.close()
 
 

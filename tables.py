@@ -1,11 +1,14 @@
-"""Tables and figures of finished runs: Table 1, Tables 8 and 9, the paper's own figures beside ours, heat maps, curves."""
+"""Tables and figures of finished runs: Table 1, Tables 8 and 9, the paper's own figures beside ours, heat maps, curves,
+significance, what pivot.py kept."""
 
 import json
 from pathlib import Path
 
-from data import LANGUAGES, all_directions, group_of
+from tqdm import tqdm
+
+from data import LANGUAGES, all_directions, group_of, read_jsonl
 from files import UserError, markdown, read_json, read_lines
-from scores import KEYS, NAMES, ROUGE_TOKENS
+from scores import KEYS, NAMES, ROUGE_TOKENS, paired_bootstrap
 
 COLUMNS = {"english": "English-centric", "non_english": "non-English-centric", "average": "Average"}
 PAPER = Path(__file__).with_name("docs") / "paper.json"
@@ -148,3 +151,40 @@ def curves(runs, path):
         panels[key].set(title=title, xlabel="step")
         panels[key].legend()
     figure.savefig(path, dpi=120)
+
+
+def group(rows):
+    """Rows by direction: {(src, tgt): rows}."""
+    by_direction = {}
+    for row in rows:
+        by_direction.setdefault((row["src_lang"], row["tgt_lang"]), []).append(row)
+    return by_direction
+
+
+def against(folder, other, samples):
+    """Markdown: paired bootstrap of two finished evaluations, a line a direction (scores.paired_bootstrap). Raises
+    UserError if they have no direction in common or translated other sentences."""
+    ours, theirs = (group(read_jsonl(Path(side) / "hypotheses.jsonl", need=("tgt",), text=("hyp",))) for side in (folder, other))
+    shared = [pair for pair in ours if pair in theirs]
+    if not shared:
+        raise UserError(f"--against {other}: no direction in common with {folder}")
+    lines, better = [], {"bleu": [0, 0], "chrf": [0, 0]}
+    for pair in tqdm(shared, desc="resampling", disable=None):
+        found = paired_bootstrap(ours[pair], theirs[pair], pair[1], samples)
+        line = ["-".join(pair)]
+        for key, r in found.items():
+            line += [f"{r['ours']:.2f} ± {r['ours_ci']:.2f}", f"{r['theirs']:.2f} ± {r['theirs_ci']:.2f}", f"{r['p']:.3f}"]
+            if r["p"] < 0.05:
+                better[key][r["ours"] < r["theirs"]] += 1
+        lines.append(line)
+    names = [Path(folder).name, Path(other).name]
+    header = ["direction", *(f"{NAMES[key]} {what}" for key in better for what in (*names, "p"))]
+    summary = "".join(f"{NAMES[key]}: {names[0]} better in {a}, {names[1]} better in {b} of {len(lines)} directions (p < 0.05)  \n" for key, (a, b) in better.items())
+    return markdown(header, lines) + f"\n{summary}± is half of the 95 % interval; paired bootstrap by sacrebleu, {samples} samples.\n"
+
+
+def report_table(report, rules):
+    """Generated, kept and dropped by rule, a line a direction. A pair whose English was dropped counts as "en: rule"."""
+    keys = ["generated", "kept", *(f"en: {rule}" for rule in rules[:-1]), *rules]
+    keys = [k for k in keys if k in ("generated", "kept") or any(r.get(k) for r in report.values())]
+    return markdown(["direction", *keys, "ended because"], [[d, *(str(r.get(k, 0)) for k in keys), r["ended"]] for d, r in report.items()])

@@ -14,8 +14,8 @@ import pytest
 
 import corpora
 from conftest import ROOT, read_rows, refuses, run
-from corpora import download, fetch
-from data import LANGUAGES, all_directions, clean, prepare
+from corpora import clean, download, fetch
+from data import LANGUAGES, all_directions, prepare
 from files import UserError, file_sha256, lock_folder
 from test_data import corpora as write_corpora
 

@@ -8,7 +8,8 @@ import pytest
 import sacrebleu
 
 from conftest import ROOT, TORCHRUN, inside, read_rows, refuses, run
-from data import LANGUAGES, all_directions, length_ratio, read_flores
+from corpora import length_ratio
+from data import LANGUAGES, all_directions, read_flores
 from files import write_jsonl
 from evaluate import averages, choose, score
 from pivot import rejected
