@@ -80,6 +80,22 @@ class LowRank:
         return move(y.view(-1, T, y.shape[-1]), back)  # (b, S*T, D_out) -> (rows, T, D_out)
 
 
+class EveryExpert:
+    """As LowRank for tokens of any rows, x (..., D_in) with N tokens in all, but gives the update's factors, (N, m*R) and (D_out, m*R):
+    all experts present meet all tokens, and each token keeps its own. A GPU reads x as fast for a hundred columns as for sixteen,
+    and a launch for every expert would cost more.
+
+    A (n*R, D_in), B (D_out, m*R); own (N, m*R): the columns of A_src x, again for each of B's experts, and mask (N, m*R): scale where it is B_tgt, else 0.
+    """
+
+    def __init__(self, A, B, own, mask, dropout=0.0):
+        self.A, self.B, self.own, self.mask, self.dropout = A, B, own, mask, dropout
+
+    def __call__(self, x):
+        h = F.linear(F.dropout(x, self.dropout, training=self.dropout > 0), self.A).flatten(0, -2)  # (..., D_in) -> (..., n*R) -> (N, n*R)
+        return h.gather(1, self.own) * self.mask, self.B  # eq. 4: kernels.linear multiplies them: (N, m*R) x (m*R, D_out)
+
+
 def blocks(names):
     """Deal rows to blocks of one size, each of one expert, given the expert of every row: (expert of each block, row of
     each place in the blocks, place of each row). A block that is not full repeats one of its rows."""
@@ -126,10 +142,11 @@ class Bank(nn.Module):
             nn.init.kaiming_uniform_(self.router, a=math.sqrt(5))  # not 0: equal scores would send all tokens to one expert
 
 
-def gather(experts, names, index, dtype):
-    """One expert a row: ParameterDict of (M, N) -> (B, M, N). `names` are the experts present, `index` (B,) into them."""
-    stacked = torch.stack([experts[name] for name in names]).to(dtype)  # (present, M, N)
-    return stacked.expand(len(index), -1, -1) if len(names) == 1 else stacked.index_select(0, index)
+def gather(experts, names, dtype):
+    """One expert a row or block: ParameterDict of (M, N) -> (B, M, N)."""
+    if len(set(names)) == 1:
+        return experts[names[0]].to(dtype).expand(len(names), -1, -1)
+    return torch.stack([experts[name] for name in names]).to(dtype)
 
 
 class CrossLoRA(nn.Module):
@@ -150,6 +167,7 @@ class CrossLoRA(nn.Module):
         else:
             pairs = [(s, t) for s in languages for t in languages if s != t]
             a_experts, b_experts = (list(dict.fromkeys(side)) for side in zip(*(self.route(s, t) for s, t in pairs)))
+        self.experts = a_experts, b_experts
         sizes = {"gate_proj": (cfg.hidden_size, cfg.intermediate_size), "up_proj": (cfg.hidden_size, cfg.intermediate_size),
                  "down_proj": (cfg.intermediate_size, cfg.hidden_size)}
         self.layers = nn.ModuleList(
@@ -166,19 +184,23 @@ class CrossLoRA(nn.Module):
         """Names of the experts of A and B for a direction. Not defined where tokens are routed."""
         return ROUTES[self.variant](self.group[src_lang], self.group[tgt_lang])
 
-    def forward(self, src_langs, tgt_langs, dtype=torch.float32, dropout=False):
+    def forward(self, src_langs, tgt_langs, dtype=torch.float32, dropout=False, counts=None):
         """The experts of each row: a list over layers of {projection: LowRank or RoutedLowRank}.
 
         src_langs, tgt_langs: B language codes. dtype: that of the backbone's activations. Gradients reach the
-        experts present and no others. Tokens may have P copies of every row, side by side.
+        experts present and no others. Tokens may have P copies of every row, side by side. With counts the rows stand one
+        after another, that many tokens of each: {projection: EveryExpert}.
         """
         scale, p = self.alpha / self.rank, self.dropout if dropout else 0.0
         if self.learned:
             every = lambda experts: torch.stack(list(experts.values())).to(dtype)  # (n, M, N)
             return self._each_bank(lambda bank: RoutedLowRank(every(bank.lora_A), every(bank.lora_B), bank.router, self.top_k, scale, p))
         routes = [self.route(s, t) for s, t in zip(src_langs, tgt_langs, strict=True)]
-        (a_names, a_index), (b_names, b_index) = (self._index(side) for side in zip(*routes))
-        return self._each_bank(lambda bank: LowRank(gather(bank.lora_A, a_names, a_index, dtype), gather(bank.lora_B, b_names, b_index, dtype), scale, p))
+        if counts is not None:
+            present = [sorted(set(side)) for side in zip(*routes)]
+            return self.by_token(self.stacked(dtype, present), self.places(src_langs, tgt_langs, counts, dtype, present), dropout)
+        a, b = zip(*routes)
+        return self._each_bank(lambda bank: LowRank(gather(bank.lora_A, a, dtype), gather(bank.lora_B, b, dtype), scale, p))
 
     def grouped(self, src_langs, tgt_langs, dtype=torch.float32):
         """As forward without dropout, for decoding: rows of one expert share a product. A row is one token there, and
@@ -190,16 +212,29 @@ class CrossLoRA(nn.Module):
         moves = a_rows, [a_places[row] for row in b_rows], b_places
         device = next(self.parameters()).device
         moves = [None if rows == list(range(len(routes))) else torch.tensor(rows, device=device) for rows in moves]
-        pick = lambda experts, names: torch.stack([experts[name] for name in names]).to(dtype)  # (blocks, M, N)
-        return self._each_bank(lambda bank: LowRank(pick(bank.lora_A, a_names), pick(bank.lora_B, b_names), self.alpha / self.rank, moves=moves))
+        return self._each_bank(lambda bank: LowRank(gather(bank.lora_A, a_names, dtype), gather(bank.lora_B, b_names, dtype), self.alpha / self.rank, moves=moves))
+
+    def stacked(self, dtype, experts=None):
+        """Experts as EveryExpert takes them, `experts` of A and B or all: a list over layers of {projection: (A, B)}."""
+        a, b = experts or self.experts
+        join = lambda bank, names, dim: torch.cat([bank[name] for name in names], dim).to(dtype)
+        return self._each_bank(lambda bank: (join(bank.lora_A, a, 0), join(bank.lora_B, b, 1)))
+
+    def places(self, src_langs, tgt_langs, counts, dtype, experts=None):
+        """EveryExpert's (own, mask) for rows of `counts` tokens one after another, among `experts` or all."""
+        R, (a, b) = self.expert_rank, experts or self.experts
+        routes, device = [self.route(s, t) for s, t in zip(src_langs, tgt_langs, strict=True)], next(self.parameters()).device
+        src, tgt = (torch.tensor([names.index(route[i]) for route in routes]).repeat_interleave(torch.tensor(counts))[:, None] for i, names in enumerate((a, b)))  # (N, 1)
+        column = torch.arange(len(b) * R)
+        mask = (column // R == tgt).to(dtype) * (self.alpha / self.rank)
+        return (src * R + column % R).to(device), mask.to(device)
+
+    def by_token(self, stacked, places, dropout=False):
+        """As forward, from what stacked() and places() give: a list over layers of {projection: EveryExpert}."""
+        return [{name: EveryExpert(*experts, *places, self.dropout if dropout else 0.0) for name, experts in layer.items()} for layer in stacked]
 
     def _each_bank(self, update):
         return [{name: update(bank) for name, bank in layer.items()} for layer in self.layers]
-
-    def _index(self, names):
-        present = sorted(set(names))
-        device = next(self.parameters()).device
-        return present, torch.tensor([present.index(name) for name in names], device=device)
 
     def describe(self, backbone_name, fingerprint, prompt_format, tokenizer_sha256, seed, steps):
         """The content of adapter.json: all that is needed to rebuild the adapter and to refuse a wrong backbone."""

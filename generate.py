@@ -26,9 +26,11 @@ from crosslora import load_adapter, read_description
 from data import FORMATS, LANGUAGES, Tokenizer, read_jsonl
 from devices import add_device_arguments, device_and_dtype, init_distributed
 from files import UserError, at_least, check_output, file_sha256, resolve, run_main, write_jsonl
+from kernels import Recorded
 
-PROMPTS = 16  # read together: wide enough for the products, and the memory of a pass stays small
-SLOTS = 2**17  # of the cache, all rows together: 16 GiB for Llama-3-8B in bf16
+PROMPTS = {"cpu": 16, "cuda": 256}  # read together: wide enough for the products, on a GPU enough to outlast the launches
+SLOTS = {"cpu": 2**17, "cuda": 2**18}  # of the cache, all rows together: 16 GiB for 2**17 of Llama-3-8B in bf16
+REFILL = {"cpu": 8, "cuda": 2}  # waiting rows are read when one in so many places is free: on a GPU a pass costs as much as ten steps
 
 
 class Engine(NamedTuple):
@@ -86,32 +88,55 @@ def decode(lm, adapter, dtype, queue, stop_ids, batch_size):
     """Greedy continuation of the Rows of `queue`, an iterator, yielded in the order in which they end.
 
     At most `batch_size` are decoded together, fewer if the longest of the first would make the cache too large. When an
-    eighth has ended, waiting ones take their places. A row keeps its own positions and limit, whatever its company.
+    eighth (a half on a GPU) has ended, waiting ones take their places. A row keeps its own positions and limit, whatever its company.
     """
     device = lm.inv_freq.device
     rows = list(itertools.islice(queue, batch_size))  # by place in the batch of B; where one has ended the place is free
-    fit = max(1, SLOTS // max((len(row.prompt) + row.room for row in rows), default=1))
+    fit = max(1, SLOTS[device.type] // max((len(row.prompt) + row.room for row in rows), default=1))
     rows, queue = rows[:fit], itertools.chain(rows[fit:], queue)
     fresh = list(range(len(rows)))  # places whose prompt was not read yet
     cache, token = backbone.KVCache(lm.cfg, len(rows), 0, device, dtype), torch.zeros(len(rows), dtype=torch.long, device=device)
-    lora_of = lambda rows: None if adapter is None else adapter.grouped([r.src_lang for r in rows], [r.tgt_lang for r in rows], dtype)
+    gpu = device.type == "cuda"  # there a step is recorded and all experts are at hand, so that it takes any rows
+    stacked = adapter.stacked(dtype) if gpu and adapter is not None and not adapter.learned else None
+    every = adapter((), (), dtype) if gpu and adapter is not None and adapter.learned else None  # once, since a record keeps to its memory
+
+    def experts(rows, T=1):
+        """(places, lora) for `rows` of T tokens; places are () if lora is bound to them."""
+        langs = [row.src_lang for row in rows], [row.tgt_lang for row in rows]
+        if stacked is None:
+            return (), every or (None if adapter is None else adapter.grouped(*langs, dtype))
+        places = adapter.places(*langs, [T] * len(rows), dtype)
+        return places, adapter.by_token(stacked, places)
+
+    def step(token, at, *places):
+        hidden = lm(token[:, None], adapter.by_token(stacked, places) if places else lora, at[:, None], cache, slots)  # (B, 1, D)
+        return lm.head(hidden[:, 0]).argmax(-1)  # (B, V) -> (B,)
+
+    places, recorded, room, size = None, None, 0, 0
     while rows:
         fresh.sort(key=lambda b: -len(rows[b].prompt))
-        for part in (fresh[i : i + PROMPTS] for i in range(0, len(fresh), PROMPTS)):
+        most = min(PROMPTS[device.type], max(1, 2**14 // len(rows[fresh[0]].prompt))) if fresh else 1  # the memory of a pass stays small
+        for part in (fresh[i : i + most] for i in range(0, len(fresh), most)):
             ends = torch.tensor([[len(rows[b].prompt) - 1] for b in part], device=device)  # (b, 1)
             prompts = pad_sequence([torch.tensor(rows[b].prompt) for b in part], batch_first=True).to(device)  # (b, T), padded on the right
             T = prompts.shape[1]
-            short = backbone.KVCache(lm.cfg, len(part), T, device, dtype)
-            hidden = lm(prompts, lora_of([rows[b] for b in part]), cache=short, slots=T, wanted=ends)  # (b, 1, D)
+            lora, part = experts([rows[b] for b in part], T)[1], torch.tensor(part, device=device)
+            wanted = ends if stacked is None else None  # places are of all T tokens, in the last layer too
+            hidden = lm(prompts, lora, cache=cache, slots=T, wanted=wanted, cached=part)  # (b, 1, D) or (b, T, D)
+            hidden = hidden if stacked is None else backbone.pick(hidden, ends)  # (b, 1, D)
             token[part] = lm.head(hidden[:, 0]).argmax(-1)  # (b, V) -> (b,)
-            cache.put(part, short)
         if fresh:
-            lora = None  # of all rows, once they decode
+            places = None  # of all rows, once they decode
         else:
-            lora = lora or lora_of(rows)
+            if places is None:
+                places, lora = experts(rows)
             at = [0 if row.finish else len(row.prompt) + len(row.out) - 1 for row in rows]  # where each row's last token stands
-            hidden = lm(token[:, None], lora, torch.tensor(at, device=device)[:, None], cache, slots=max(at) + 1)  # (B, 1, D)
-            token = lm.head(hidden[:, 0]).argmax(-1)  # (B, V) -> (B,)
+            slots, at = max(at) + 1, torch.tensor(at, device=device)
+            if gpu and (not room // 2 < slots <= room or size != cache.k[0].shape[2]):  # the record is of another cache
+                slots = room = -(-slots // 64) * 64
+                cache.reserve(room)
+                recorded, size = Recorded(step, token, at, *places), cache.k[0].shape[2]
+            token = (recorded or step)(token, at, *places)
         new = token.tolist()
         for row, t in [(rows[b], new[b]) for b in fresh or range(len(rows)) if not rows[b].finish]:
             if t in stop_ids:
@@ -122,14 +147,14 @@ def decode(lm, adapter, dtype, queue, stop_ids, batch_size):
             if row.finish:
                 yield row
         fresh, free = [], [b for b, row in enumerate(rows) if row.finish]
-        if 8 * len(free) >= len(rows):
+        if REFILL[device.type] * len(free) >= len(rows):
             waiting = list(itertools.islice(queue, len(free)))
             fresh = free[: len(waiting)]
             for b, row in zip(fresh, waiting):
                 rows[b] = row
-            if not waiting and 5 * len(free) >= len(rows):  # copying the cache pays once a fifth of the rows is done
+            if not waiting and 5 * len(free) >= len(rows) * (5 if gpu else 1):  # copying the cache pays once a fifth is done, recording anew never
                 keep = [b for b, row in enumerate(rows) if not row.finish]
-                rows, token, lora = [rows[b] for b in keep], token[keep], None
+                rows, token, places = [rows[b] for b in keep], token[keep], None
                 cache.select(keep)
 
 

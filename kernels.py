@@ -1,12 +1,15 @@
-"""The two pieces of arithmetic that decide the speed, written by hand; tests hold each against plain torch.
+"""The pieces of arithmetic that decide the speed; tests hold each against plain torch.
 
-N target tokens, P passes (R-Drop has two), D hidden, V vocabulary; a weight is (D_out, D_in).
+N target tokens, P passes (R-Drop has two), D hidden, V vocabulary; a weight is (D_out, D_in). In attention B batch rows,
+H query heads, G key/value heads, W queries and S keys a row, K head dimension.
 """
 
 import platform
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.varlen import varlen_attn
 
 # torch hands fp32 products to MKL, which keeps to AVX2 on other makers' processors and is slow where tokens are few. oneDNN,
 # a part of torch too, asks the processor and took a half to nine tenths of the time on AMD EPYCs (bench/NOTES.md).
@@ -50,12 +53,102 @@ class FrozenLinear(torch.autograd.Function):
 def linear(x, weight, bias=None, update=None, transposed=None):
     """F.linear(x, weight, bias) + update, faster where the weight is frozen; shapes as in product. transposed: the weight's
     packed transpose (D_in, D_out), for the backward pass; without it a packed weight is unpacked every time."""
-    if weight.requires_grad:
+    if isinstance(update, tuple):  # its factors (N, M) and (D_out, M), whose product costs less if it is added at once
+        y = F.linear(x.flatten(0, -2), weight, bias).addmm_(update[0], update[1].t())  # (N, D_in) x (D_in, D_out) + (N, M) x (M, D_out)
+        return y.view(*x.shape[:-1], -1)  # (N, D_out) -> (..., D_out)
+    if weight.requires_grad or not by_onednn(x):
         y = F.linear(x, weight, bias)
-        return y if update is None else y + update
+        return y if update is None else y.add_(update)
     if not torch.is_grad_enabled():
         return product(x, weight, bias, update)
     return FrozenLinear.apply(x, weight, bias, update, weight.t() if transposed is None else transposed)
+
+
+def turned(x, cos, sin):
+    y = torch.empty_like(x)
+    (x1, x2), (y1, y2) = x.chunk(2, -1), y.chunk(2, -1)
+    torch.mul(x1, cos, out=y1).addcmul_(x2, sin, value=-1)
+    torch.mul(x2, cos, out=y2).addcmul_(x1, sin)
+    return y
+
+
+class Rotate(torch.autograd.Function):
+    """RoPE on split halves: x (B, heads, T, K), cos and sin (B, 1, T, K/2). Its gradient is the turn back."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return turned(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx, grad):
+        cos, sin = ctx.saved_tensors
+        return turned(grad, cos, -sin), None, None
+
+
+class SwiGLU(torch.autograd.Function):
+    """silu(gate) * up, which keeps its two inputs and finds silu(gate) again in the backward pass: an eighth of what a pass keeps."""
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, grad):
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
+
+
+class Rows(NamedTuple):
+    """Rows of B = 1 that stand one after another without pads, `lengths` tokens each."""
+
+    lengths: list
+    starts: torch.Tensor  # int32, one more than rows: where each begins, and the end
+    positions: torch.Tensor  # (1, T): of each token in its row
+
+    @classmethod
+    def of(cls, lengths, device):
+        ends = torch.tensor([0, *lengths]).cumsum(0)
+        positions = torch.arange(int(ends[-1])) - ends[:-1].repeat_interleave(torch.tensor(lengths))
+        return cls(lengths, ends.to(device, torch.int32), positions[None].to(device))
+
+
+def attention(q, k, v, mask=None, rows=None):
+    """q (B, H, W, K), k and v (B, G, S, K) -> (B, H, W, K). A query sees what mask (B, 1, H/G * W, S) says; without one W is S and it
+    sees no later key, and with `rows` (B = 1) none of another row."""
+    if mask is not None:  # a group's heads are so many more queries over the same keys: nothing is copied for each head
+        queries = q.reshape(len(q), k.shape[1], -1, q.shape[-1])  # (B, H, W, K) -> (B, G, H/G * W, K)
+        return F.scaled_dot_product_attention(queries, k, v, attn_mask=mask).reshape(q.shape)
+    gqa = {"enable_gqa": q.shape[1] != k.shape[1]}
+    if rows is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, **gqa)
+    if q.is_cuda and q.dtype == torch.bfloat16:
+        longest, gqa = max(rows.lengths), gqa if "enable_gqa" in varlen_attn.__kwdefaults__ else {}  # torch 2.11 takes groups unasked
+        y = varlen_attn(*(x[0].transpose(0, 1) for x in (q, k, v)), rows.starts, rows.starts, longest, longest, window_size=(-1, 0), **gqa)  # (S, H, K)
+        return y.transpose(0, 1)[None]  # (S, H, K) -> (1, H, S, K)
+    one = zip(*(x.split(rows.lengths, dim=2) for x in (q, k, v)))
+    return torch.cat([F.scaled_dot_product_attention(*row, is_causal=True, **gqa) for row in one], dim=2)
+
+
+class Recorded:
+    """function(*tensors) -> tensor as a CUDA graph: recorded once, then its kernels start without Python, which for a few tokens
+    takes longer than they do. Shapes stay what they were, as does all memory that the function finds for itself; the result is overwritten by the next call."""
+
+    def __init__(self, function, *inputs):
+        self.inputs, self.graph, aside = [x.clone() for x in inputs], torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):  # what libraries do at their first call can't be recorded
+            function(*self.inputs)
+        torch.cuda.current_stream().wait_stream(aside)
+        with torch.cuda.graph(self.graph):
+            self.output = function(*self.inputs)
+
+    def __call__(self, *inputs):
+        for mine, new in zip(self.inputs, inputs, strict=True):
+            mine.copy_(new)
+        self.graph.replay()
+        return self.output
 
 
 class HeadLoss(torch.autograd.Function):

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from files import UserError, read_json, write_atomic
-from kernels import linear, packed
+from kernels import Rotate, SwiGLU, attention, linear, packed
 
 ROPE_KEYS = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}  # Llama-3.1's
 
@@ -101,8 +101,7 @@ def rope_inv_freq(cfg):
 
 def rotate(x, cos, sin):
     """RoPE on split halves: x (B, heads, T, K), cos and sin (B, T, K/2)."""
-    cos, sin, (x1, x2) = cos[:, None], sin[:, None], x.chunk(2, dim=-1)
-    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
+    return Rotate.apply(x, cos[:, None], sin[:, None])
 
 
 def pick(x, wanted):
@@ -127,9 +126,7 @@ class RMSNorm(nn.Module):
         self.eps = cfg.rms_norm_eps
 
     def forward(self, x):
-        # The mean square overflows in half precision, so it is taken in fp32 and rounded before the weight.
-        x32 = x.float()
-        return self.weight * (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)  # in fp32, rounded once; transformers rounds before the weight too
 
 
 class KVCache:
@@ -149,19 +146,12 @@ class KVCache:
                 for layer, x in enumerate(side):  # one at a time: old and new together would be twice the cache
                     side[layer] = F.pad(x, (0, 0, 0, missing + 63))
 
-    def put(self, rows, other):
-        """Start `rows` (indices into B) anew with all that the cache `other` of as many rows holds."""
-        slots = other.k[0].shape[2]
-        self.reserve(slots)
-        for mine, new in zip(self.k + self.v, other.k + other.v):
-            mine[rows, :, :slots] = new
-
-    def update(self, layer, k, v, positions, slots):
-        """Write k, v (B, G, T, K) at `positions` (B, T); return the first `slots` slots of both, (B, G, slots, K)."""
-        rows = torch.arange(k.shape[0], device=k.device)[:, None]  # (B, 1)
+    def update(self, layer, k, v, positions, slots, rows=None):
+        """Write k, v (B, G, T, K) at `positions` (B, T) of `rows` (B,), or all; return the first `slots` slots of both, (B, G, slots, K)."""
+        rows = (torch.arange(k.shape[0], device=k.device) if rows is None else rows)[:, None]  # (B, 1)
         self.k[layer][rows, :, positions] = k.transpose(1, 2)  # (B, G, T, K) -> (B, T, G, K)
         self.v[layer][rows, :, positions] = v.transpose(1, 2)
-        return self.k[layer][:, :, :slots], self.v[layer][:, :, :slots]
+        return (k, v) if slots == k.shape[2] else (self.k[layer][:, :, :slots], self.v[layer][:, :, :slots])  # T slots are these T tokens
 
     def select(self, rows):
         """Keep only `rows` (indices into B), so that finished sentences cost nothing."""
@@ -180,20 +170,15 @@ class Attention(nn.Module):
         self.o_proj = Linear(q_size, cfg.hidden_size, bias=False)
         self.head_dim = cfg.head_dim
 
-    def forward(self, x, cos, sin, store, mask, wanted):
+    def forward(self, x, cos, sin, store, mask, rows, wanted):
         """x (B, T, D) -> (B, W, D), the positions `wanted`. store(k, v) puts the new keys and values into the cache and returns
-        all that are there, None without a cache; mask (B, 1, H/G * W, S), without one attention is causal over x."""
+        all that are there, None without a cache; mask, rows: see kernels.attention."""
         heads = lambda x: x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, T, H*K) -> (B, T, H, K) -> (B, H, T, K)
         q = rotate(heads(self.q_proj(pick(x, wanted))), pick(cos, wanted), pick(sin, wanted))  # (B, H, W, K)
         k, v = rotate(heads(self.k_proj(x)), cos, sin), heads(self.v_proj(x))  # (B, G, T, K)
         if store is not None:
             k, v = store(k, v)  # (B, G, S, K)
-        if mask is None:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
-        else:  # a group's heads are so many more queries over the same keys: nothing is copied for each head
-            queries = q.reshape(len(x), k.shape[1], -1, self.head_dim)  # (B, H, W, K) -> (B, G, H/G * W, K)
-            y = F.scaled_dot_product_attention(queries, k, v, attn_mask=mask).reshape(q.shape)
-        return self.o_proj(y.transpose(1, 2).flatten(2))  # (B, H, W, K) -> (B, W, H*K) -> (B, W, D)
+        return self.o_proj(attention(q, k, v, mask, rows).transpose(1, 2).flatten(2))  # (B, H, W, K) -> (B, W, H*K) -> (B, W, D)
 
 
 class MLP(nn.Module):
@@ -207,7 +192,7 @@ class MLP(nn.Module):
         def project(name, x):
             return getattr(self, name)(x, None if lora is None else lora[name](x))  # eq. 1: W_0 x and the update
 
-        return project("down_proj", F.silu(project("gate_proj", x)) * project("up_proj", x))
+        return project("down_proj", SwiGLU.apply(project("gate_proj", x), project("up_proj", x)))
 
 
 class Layer(nn.Module):
@@ -218,8 +203,8 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(cfg)
         self.post_attention_layernorm = RMSNorm(cfg)
 
-    def forward(self, x, cos, sin, store, mask, lora, wanted):
-        x = pick(x, wanted) + self.self_attn(self.input_layernorm(x), cos, sin, store, mask, wanted)
+    def forward(self, x, cos, sin, store, mask, rows, lora, wanted):
+        x = pick(x, wanted) + self.self_attn(self.input_layernorm(x), cos, sin, store, mask, rows, wanted)
         return x + self.mlp(self.post_attention_layernorm(x), lora)
 
 
@@ -243,7 +228,7 @@ class CausalLM(nn.Module):
             self.lm_head = Linear(cfg.hidden_size, cfg.vocab_size, bias=False)
         self.register_buffer("inv_freq", rope_inv_freq(cfg), persistent=False)
 
-    def forward(self, tokens, lora=None, positions=None, cache=None, slots=None, wanted=None):
+    def forward(self, tokens, lora=None, positions=None, cache=None, slots=None, wanted=None, rows=None, cached=None):
         """Hidden states of `tokens` (B, T): all, (B, T, D), or those at `wanted` (B, W), indices into T, (B, W, D).
 
         lora: per layer a dict projection -> callable, x (B, T, D_in) to the update (B, T, D_out) of eq. 4
@@ -251,11 +236,13 @@ class CausalLM(nn.Module):
         positions: (B, T), default 0..T-1 in every row; others go with a cache. Rows are padded on the right: under the causal mask no
         token sees what comes after it.
         cache, slots: with a KVCache, keys and values are stored at `positions` and the first `slots` slots
-        are attended to; slots must exceed the largest position, and T slots are T tokens at positions 0..T-1.
+        are attended to; slots must exceed the largest position, and T slots are T tokens at positions 0..T-1, which may be of some rows
+        of the cache, `cached` (B,).
+        rows: with B = 1, kernels.Rows that stand one after another in T, so that nothing is padded; then `wanted` has to be None.
         """
         B, T = tokens.shape
         if positions is None:
-            positions = torch.arange(T, device=tokens.device).expand(B, T)
+            positions = torch.arange(T, device=tokens.device).expand(B, T) if rows is None else rows.positions
         angles = positions[..., None].float() * self.inv_freq  # (B, T, K/2)
         x = self.model.embed_tokens(tokens)  # (B, T, D)
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
@@ -268,11 +255,11 @@ class CausalLM(nn.Module):
             mask = visible(positions) if slots > T else None
         for i, layer in enumerate(self.model.layers):
             if cache is not None:
-                store = lambda k, v, i=i: cache.update(i, k, v, positions, slots)
+                store = lambda k, v, i=i: cache.update(i, k, v, positions, slots, cached)
             at = wanted if layer is self.model.layers[-1] else None  # no token needs another's states after the last keys and values
             if at is not None:
                 mask = visible(positions.gather(1, at))
-            x = layer(x, cos, sin, store, mask, None if lora is None else lora[i], at)
+            x = layer(x, cos, sin, store, mask, rows, None if lora is None else lora[i], at)
         return self.model.norm(x)
 
     def head(self, hidden):

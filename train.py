@@ -20,48 +20,40 @@ from tqdm import tqdm
 
 import model as backbone
 from crosslora import GROUPS, ROUTES, CrossLoRA, load_adapter, router_load, save_adapter
-from data import FORMATS, IGNORE, Tokenizer, collate, encode, epoch_order, group_of, read_stage_data, target_count
+from data import FORMATS, IGNORE, Tokenizer, collate, concatenate, encode, epoch_order, group_of, read_stage_data, target_count
 from devices import add_device_arguments, claim_run, device_and_dtype, init_distributed, sum_over_ranks
 from files import UserError, at_least, claim, file_sha256, resolve, run_main, write_atomic
-from kernels import head_loss
+from kernels import Rows, head_loss
+from plan import dry_run, micro_batches
 
 
-def forward_sums(model, adapter, examples, dtype, rdrop_alpha, dropout):
+def forward_sums(model, adapter, examples, dtype, rdrop_alpha, dropout, packed=None):
     """(loss, nll, kl) of kernels.head_loss, summed over the target tokens of a micro-batch. Where rdrop_alpha > 0, every
-    row stands there twice, each copy with its own dropout, the two side by side so that they share their experts."""
+    row stands there twice, each copy with its own dropout, the two side by side so that they share their experts.
+    packed: rows one after another, as a GPU likes them, instead of padded below one another; default: on a GPU."""
     device, passes = model.inv_freq.device, 2 if rdrop_alpha > 0 else 1
-    tokens, labels = (t.to(device) for t in collate(examples))  # (B, T)
-    lora = adapter([e.src_lang for e in examples], [e.tgt_lang for e in examples], dtype, dropout)
-    is_target = labels != IGNORE  # (B, T), N of them in all: only these need the last layer and the head
-    wanted = is_target.int().argsort(descending=True, stable=True)[:, : is_target.sum(1).max()]  # (B, W)
-    hidden = model(tokens.repeat_interleave(passes, 0), lora, wanted=wanted.repeat_interleave(passes, 0))  # (B*P, W, D)
-    labels, is_target = labels.gather(1, wanted), is_target.gather(1, wanted)
-    before = hidden.unflatten(0, (-1, passes)).transpose(1, 2)[is_target]  # (B*P, W, D) -> (B, P, W, D) -> (B, W, P, D) -> (N, P, D)
+    langs = [e.src_lang for e in examples], [e.tgt_lang for e in examples]
+    if device.type == "cuda" if packed is None else packed:
+        tokens, labels, at, lengths = concatenate(examples, passes)  # (1, T), (N,), (N, P)
+        lora = adapter(*langs, dtype, dropout, [passes * (len(e.ids) - 1) for e in examples])
+        hidden = model(tokens.to(device), lora, rows=Rows.of(lengths, device))  # (1, T, D)
+        before = hidden[0].index_select(0, at.flatten().to(device)).unflatten(0, at.shape)  # (T, D) -> (N*P, D) -> (N, P, D)
+        labels = labels.to(device)
+    else:
+        tokens, labels = (t.to(device) for t in collate(examples))  # (B, T)
+        is_target = labels != IGNORE  # (B, T), N of them in all: only these need the last layer and the head
+        wanted = is_target.int().argsort(descending=True, stable=True)[:, : is_target.sum(1).max()]  # (B, W)
+        hidden = model(tokens.repeat_interleave(passes, 0), adapter(*langs, dtype, dropout), wanted=wanted.repeat_interleave(passes, 0))  # (B*P, W, D)
+        labels, is_target = labels.gather(1, wanted), is_target.gather(1, wanted)
+        before = hidden.unflatten(0, (-1, passes)).transpose(1, 2)[is_target]  # (B*P, W, D) -> (B, P, W, D) -> (B, W, P, D) -> (N, P, D)
+        labels = labels[is_target]
     weight, transposed = model.head_weights()
-    return head_loss(before, weight, labels[is_target], rdrop_alpha, transposed)
+    return head_loss(before, weight, labels, rdrop_alpha, transposed)
 
 
 def denominator(examples, normalize):
     """M of eqs. 6-8 for a whole effective batch: its target tokens, or its sequences."""
     return sum(target_count(e) for e in examples) if normalize == "tokens" else len(examples)
-
-
-def micro_batches(rows, args, pass_cost=32):
-    """Cut `rows`, sorted by length, into one rank's passes, longest first: runs of at most --micro-batch-tokens tokens, pads
-    included, whose tokens plus `pass_cost` for every pass are fewest. With 0 tokens: runs of --micro-batch-size rows."""
-    if not args.micro_batch_tokens:
-        return [rows[i : i + args.micro_batch_size] for i in range(0, len(rows), args.micro_batch_size)]
-    cost, cut = [0], []
-    for end, longest in enumerate((len(e.ids) for e in rows), 1):  # cost[end]: the fewest tokens for rows[:end]
-        fits = [i for i in range(end) if (end - i) * longest <= args.micro_batch_tokens] or [end - 1]
-        best, start = min((cost[i] + (end - i) * longest + pass_cost, i) for i in fits)
-        cost.append(best)
-        cut.append(start)
-    runs, end = [], len(rows)
-    while end:
-        runs.append(rows[cut[end - 1] : end])
-        end = cut[end - 1]
-    return runs
 
 
 def backward(model, adapter, batch, args, ranks, dtype):
@@ -73,7 +65,7 @@ def backward(model, adapter, batch, args, ranks, dtype):
     M = denominator(batch, args.normalize)
     mine = sorted(batch, key=lambda e: len(e.ids))[ranks.rank :: ranks.world]  # similar lengths share a micro-batch
     sums = torch.zeros(2, device=model.inv_freq.device)
-    for part in micro_batches(mine, args):
+    for part in micro_batches(mine, args, padded=sums.device.type == "cpu"):
         loss, nll, kl = forward_sums(model, adapter, part, dtype, args.rdrop_alpha, dropout=True)
         (loss / M).backward()
         sums += torch.stack((nll, kl))
@@ -226,7 +218,6 @@ def main():
     device, dtype = device_and_dtype(args.device, args.dtype)
     if args.dry_run:
         if chief:
-            from plan import dry_run  # reads no weights; nothing else here needs it
             dry_run(args)
         return
 

@@ -56,13 +56,14 @@ def report(result, out):
         Path(out).write_text(json.dumps(result, indent=1) + "\n")
 
 
-def make_checkpoint(size, folder, shared, dtype=torch.float32):
-    """A random checkpoint of a size, saved by transformers, with the real tokenizer of its family, or the toy world's
-    where `shared` has none. Returns the peer's model class."""
+def make_checkpoint(size, folder, shared, device):
+    """config.json of a size in `folder`, with the real tokenizer of its family, or the toy world's where `shared` has none, and
+    on a CPU random weights, saved by transformers. Returns the peer's model class and configuration."""
     shape = dict(SIZES[size])
     kind, tokenizer = shape.pop("kind"), shape.pop("tokenizer")
     config_class, model_class = {"llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM), "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM)}[kind]
-    if not (folder / "config.json").exists():
+    done = folder / ("config.json" if device.type == "cuda" else "model.safetensors")
+    if not done.exists():
         folder.mkdir(parents=True, exist_ok=True)
         real = Path(shared) / "tokenizers" / tokenizer
         if (real / "tokenizer.json").exists():
@@ -78,8 +79,11 @@ def make_checkpoint(size, folder, shared, dtype=torch.float32):
             special = {k: config_of(toy, 32, 1)[k] for k in ("bos_token_id", "eos_token_id")}
         torch.manual_seed(0)
         config = config_class(**shape, **special, max_position_embeddings=2048, rope_theta=500000.0, initializer_range=0.02)
-        model_class(config).to(dtype).save_pretrained(folder)
-    return model_class
+        if device.type == "cuda":
+            config.save_pretrained(folder)
+        else:
+            model_class(config).save_pretrained(folder)
+    return model_class, config_class.from_pretrained(folder)
 
 
 def tokenizer_of(size, folder, cfg):
@@ -101,22 +105,39 @@ def prompts_and_limits(tokenizer, rows):
     return prompts, [len(tokenizer.ids(row["tgt"].strip())) + 1 for row in rows]
 
 
-def load_both(size, folder, shared, device, dtype, side=None):
-    """(our model, our adapter, the peer): the same random checkpoint, and peft's LoRA of rank 16 with the experts of de and zh.
-    For one `side`, ours or a peer's name, the other's model is None."""
-    model_class = make_checkpoint(size, folder, shared)
-    adapter = random_adapter(backbone.Config.load(folder), LANGUAGES, device)
-    lm = backbone.load(folder, device, dtype) if side in (None, "ours") else None
+def load_both(size, folder, shared, device, side=None):
+    """(our model, our adapter, the peer), fp32: the same random weights, and peft's LoRA of rank 16 with the experts of de and zh.
+    For one `side`, ours or a peer's name, the other's model is None. On a GPU both sides share the weights' memory."""
+    model_class, config = make_checkpoint(size, folder, shared, device)
+    cfg = backbone.Config.load(folder)
+    adapter = random_adapter(cfg, LANGUAGES, device)
+    if device.type == "cuda":
+        torch.manual_seed(0)
+        with device:
+            peer = model_class(config)
+        lm, weights = backbone.build(cfg), peer.state_dict()
+        lm.load_state_dict({name: weights[name] for name, _ in lm.named_parameters()}, assign=True)
+        lm.inv_freq = lm.inv_freq.to(device)
+        lm.requires_grad_(False).eval()
+    else:
+        lm = backbone.load(folder) if side in (None, "ours") else None
+        peer = model_class.from_pretrained(folder, dtype=torch.float32) if side != "ours" else None
     if side == "ours":
         return lm, adapter, None
-    config = peft.LoraConfig(r=16, lora_alpha=64, lora_dropout=0.1, target_modules=list(TARGET_MODULES))
-    peer = peft.get_peft_model(model_class.from_pretrained(folder, dtype=dtype).to(device), config)
+    peer = peft.get_peft_model(peer, peft.LoraConfig(r=16, lora_alpha=64, lora_dropout=0.1, target_modules=list(TARGET_MODULES)))
     with torch.no_grad():
         for i, layer in enumerate(peer.base_model.model.model.layers):
             for name in TARGET_MODULES:
                 getattr(layer.mlp, name).lora_A["default"].weight.copy_(adapter.layers[i][name].lora_A["de"])
                 getattr(layer.mlp, name).lora_B["default"].weight.copy_(adapter.layers[i][name].lora_B["zh"])
     return lm, adapter, peer
+
+
+def lower(parameters, dtype):
+    """These in `dtype` from here on; what they shared they still share."""
+    lowered = {}
+    for p in parameters:
+        p.data = lowered.setdefault(p.data_ptr(), p.data.to(dtype))
 
 
 def toy_pairs(count):

@@ -7,13 +7,14 @@ among 6 languages, and random ones among 100. The same sentences, run in turn; t
 without the optimizer, whose work grows with the experts a batch uses. Prints one JSON line.
 """
 
+import itertools
 import random
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 
-from common import alternate, bench_parser, machine, make_checkpoint, prompts_and_limits, random_adapter, ratios, report, sentence_rows, tokenizer_of
+from common import alternate, bench_parser, load_both, lower, machine, make_checkpoint, prompts_and_limits, random_adapter, ratios, report, sentence_rows, tokenizer_of
 
 import model as backbone
 from data import LANGUAGES, encode
@@ -30,7 +31,7 @@ def main():
     torch.set_num_threads(args.threads)
     device, dtype = device_and_dtype("auto")
     folder = Path(args.work) / args.size
-    make_checkpoint(args.size, folder, args.shared)
+    make_checkpoint(args.size, folder, args.shared, device)
     cfg = backbone.Config.load(folder)
     tokenizer = tokenizer_of(args.size, folder, cfg)
     rows, source = sentence_rows(args.shared, max(args.pairs, args.sentences))
@@ -64,7 +65,8 @@ def main():
 
     result = {"bench": "cost", "size": args.size, "sentences": source, "pairs": len(examples), "count": len(rows)}
     for what, make in (("training", train_run), ("decoding", decode_run)):
-        lm = backbone.load(folder, device, dtype)
+        lm = load_both(args.size, folder, args.shared, device, "ours")[0]
+        lower(itertools.chain(lm.parameters(), *(adapter.parameters() for adapter in adapters.values() if what == "decoding")), dtype)
         lm.pack(training=what == "training")
         times = alternate({name: make(lm, *directions[name]) for name in directions}, args.repeats, device)
         result[what] = {name: ratios(times, name, "plain LoRA") for name in directions if name != "plain LoRA"}

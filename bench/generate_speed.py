@@ -6,7 +6,8 @@ Ours: generate.py's own `decode`, all directions mixed, every row on its own exp
 ended ones. The peer: `generate` with its KV cache and one adapter of peft for all rows (one direction, which favours it),
 padded on the left; the best of batches of 32 and 64, adapter merged and unmerged, on the first --trial sentences: `usual` in the
 order of the sentences, `sorted` by the prompt's length. Random weights don't end a sentence: on both sides a row ends after as many tokens as its
-reference has. On a CPU each side has a process of its own. Prints one JSON line.
+reference has. On a CPU, fp32, each side has a process of its own; on a GPU both share the frozen weights, compared in fp32 and timed in bf16.
+Prints one JSON line.
 """
 
 import copy
@@ -16,7 +17,7 @@ from pathlib import Path
 import torch
 from transformers import StoppingCriteria
 
-from common import Side, alternate, bench_parser, load_both, machine, matmul_rate, now, prompts_and_limits, ratios, report, sentence_rows, serve, tokenizer_of
+from common import Side, alternate, bench_parser, load_both, lower, machine, matmul_rate, now, prompts_and_limits, ratios, report, sentence_rows, serve, tokenizer_of
 
 import model as backbone
 from devices import device_and_dtype
@@ -57,28 +58,35 @@ def main():
     parser.add_argument("--sentences", type=int, default=96)
     parser.add_argument("--trial", type=int, default=64, help="sentences on which the peer's settings are tried; batches of 64 if these are more than 32")
     parser.add_argument("--batch-size", type=int, default=128, help="of ours; the peer's is the better of 32 and 64")
+    parser.add_argument("--peers", default="usual,sorted", help="which to measure, '' for ours alone")
+    parser.add_argument("--merged-only", action="store_true", help="don't try the unmerged adapter, for want of time: at L it took 2 to 4 times as long")
     parser.add_argument("--side", choices=["ours", "usual", "sorted"], help="be one side's process")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     device, dtype = device_and_dtype("auto")
     folder = Path(args.work) / args.size
-    lm, adapter, peer = load_both(args.size, folder, args.shared, device, dtype, args.side)
+    lm, adapter, peer = load_both(args.size, folder, args.shared, device, args.side)
     cfg = backbone.Config.load(folder)
     tokenizer = tokenizer_of(args.size, folder, cfg)
     rows, source = sentence_rows(args.shared, args.sentences)
     prompts, limits = prompts_and_limits(tokenizer, rows)
-    orders = {"usual": list(range(len(rows))), "sorted": sorted(range(len(rows)), key=lambda i: -len(prompts[i]))}
+    by_length = sorted(range(len(rows)), key=lambda i: -len(prompts[i]))
+    orders = {name: {"usual": list(range(len(rows))), "sorted": by_length}[name] for name in args.peers.split(",") if name}
     if lm:
         layer_weights = sum(p.numel() for name, p in lm.named_parameters() if name.startswith("model.layers"))
         lm.pack()
 
-    def ours(one_way=False):
-        order = decoding_order(rows)
+    def ours(one_way=False, dtype=dtype, which=range(len(rows))):
+        order = [i for i in decoding_order(rows) if i in which]
         langs = [("de", "zh") if one_way else (row["src_lang"], row["tgt_lang"]) for row in rows]
         queue = (Row(i, prompts[i], *langs[i], limits[i]) for i in order)
         return {row.key: row.out for row in decode(lm, adapter, dtype, queue, (), args.batch_size)}
 
-    def theirs(order):
+    def both_ways():
+        merged = {"merged": copy.deepcopy(peer).merge_and_unload().eval()}
+        return merged if args.merged_only else {"unmerged": peer.eval(), **merged}
+
+    def theirs(order, peers):
         """The peer in its best setting, each tried once on the first sentences: (run, seconds of each)."""
         sizes = (32, 64) if min(args.trial, len(rows)) > 32 else (32,)
         settings, tried = [(size, kind) for size in sizes for kind in peers], []
@@ -92,23 +100,26 @@ def main():
         chosen = peers[kind]
         return lambda: peer_decode(chosen, prompts, limits, order, size, device), {f"batch {size}, {kind}": t for (size, kind), t in zip(settings, tried)}
 
-    peers = {"unmerged": peer.eval(), "merged": copy.deepcopy(peer).merge_and_unload().eval()} if peer is not None and (args.side or device.type == "cuda") else {}
     if args.side:
-        run, tried = (ours, None) if args.side == "ours" else theirs(orders[args.side])
+        run, tried = (ours, None) if args.side == "ours" else theirs(orders[args.side], both_ways())
         return serve(run, tried)
 
-    some = orders["sorted"][:: max(1, len(rows) // 16)]
-    agreed, mine = peer_decode(peer.eval(), prompts, limits, some, 32, device), ours(one_way=True)
+    short = [i for i in by_length if limits[i] <= 48]
+    some = short[:: max(1, len(short) // 16)]
+    agreed, mine = peer_decode(peer.eval(), prompts, limits, some, 32, device), ours(True, torch.float32, some)
     differ = sum(agreed[i] != mine[i] for i in some)
-    assert dtype != torch.float32 or differ == 0, f"{differ} of {len(some)} greedy outputs differ"
+    assert differ == 0, f"{differ} of {len(some)} greedy outputs differ"
+    if dtype != torch.float32:
+        lower([*lm.parameters(), *adapter.parameters(), *peer.parameters()], dtype)
+        lm.pack()  # anew, in that dtype
     if device.type == "cpu":
         lm = adapter = peer = None
         runs = {name: Side(name) for name in ("ours", *orders)}
         tried = {name: runs[name].told for name in orders}
     else:
-        runs, tried = {"ours": ours}, {}
+        runs, tried, peers = {"ours": ours}, {}, both_ways()
         for name, order in orders.items():
-            runs[name], tried[name] = theirs(order)
+            runs[name], tried[name] = theirs(order, peers)
     print(tried, file=sys.stderr, flush=True)
     times = alternate(runs, args.repeats, device)
     rate = matmul_rate(device, dtype)
@@ -117,7 +128,7 @@ def main():
     median = lambda name: sorted(times[name])[len(times[name]) // 2]
     result = {"bench": "generate", "size": args.size, "sentences": source, "count": len(rows), "prompt_tokens": read, "output_tokens": tokens, "batch_size": args.batch_size,
               "sentences_per_s": {name: round(len(rows) / median(name), 2) for name in runs}, "output_tokens_per_s": {name: round(tokens / median(name), 1) for name in runs},
-              "ratio_usual": ratios(times, "usual"), "ratio_sorted": ratios(times, "sorted"), "peer_seconds": tried,
+              **{f"ratio_{name}": ratios(times, name) for name in orders}, "repeats": args.repeats, "peer_seconds": tried,
               "utilisation": round(flops / median("ours") / rate, 3), "matmul_gflops": round(rate / 1e9, 1),
               "agreement": f"{len(some) - differ} of {len(some)} greedy outputs identical", "machine": machine(device)}
     report(result, args.out)

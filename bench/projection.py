@@ -1,10 +1,10 @@
 """How long the paper's whole run would take on one GPU: a projection from counts and rates, not a measurement.
 
-    python bench/projection.py [--tflops 200 --decode-tokens-per-s 3200] [--out bench/results/projection.json]
+    python bench/projection.py [--tflops 449 --decode-tokens-per-s 2608] [--out bench/results/projection.json]
 
 Counts are Table 5's; lengths are means of 600 real OPUS-100 and FLORES-200 pairs with Llama-3's tokenizer and prompt. Training
-takes 4 FLOPs a backbone weight, token and pass (two passes with R-Drop), the head on targets only. Prompts are read at the same
-rate. Both rates are assumptions about an H100: 200 TFLOP/s of the 989 that it promises, and steps of 128 rows in 40 ms.
+takes 4 FLOPs a backbone weight, token and pass (two passes with R-Drop), the head on targets only. Both rates were measured on one
+H200 (results/train_L.json, generate_L.json): of one batch of 32 pairs, and of 384 sentences with the reading of their prompts.
 """
 
 import argparse
@@ -20,8 +20,8 @@ LAYERS, HEAD = 32 * 218_103_808, 128_256 * 4096  # weights of Llama-3-8B: 32 lay
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tflops", type=float, default=200, help="rate of training and of reading prompts, bf16; assumed")
-    parser.add_argument("--decode-tokens-per-s", type=float, default=3200, help="new tokens a second; assumed")
+    parser.add_argument("--tflops", type=float, default=449, help="rate of training, bf16")
+    parser.add_argument("--decode-tokens-per-s", type=float, default=2608, help="new tokens a second, prompts read as well")
     parser.add_argument("--prompt-tokens", type=float, default=40.1, help="mean tokens of a prompt with its sentence")
     parser.add_argument("--target-tokens", type=float, default=23.4, help="mean tokens of a translation with its end of turn")
     parser.add_argument("--out", help="also write the JSON here")
@@ -33,7 +33,7 @@ def main():
         return 2 * 4 * (tokens * LAYERS + pairs * epochs * args.target_tokens * HEAD) / rate / 3600
 
     def translating(sentences):
-        return (sentences * args.prompt_tokens * 2 * LAYERS / rate + sentences * args.target_tokens / args.decode_tokens_per_s) / 3600
+        return sentences * args.target_tokens / args.decode_tokens_per_s / 3600
 
     stages = {
         "Stage 1: 10 x 20,997 pairs, 3 epochs": training(10 * 20_997, 3),
@@ -44,7 +44,7 @@ def main():
     stages["all"] = sum(stages.values())
     print("Projection, not measured:\n" + markdown(["part", "GPU-hours"], [[name, f"{hours:.2f}"] for name, hours in stages.items()]), end="")
     if args.out:
-        Path(args.out).write_text(json.dumps({"projection": "computed from assumed rates, not measured", **vars(args), "gpu_hours": {k: round(v, 2) for k, v in stages.items()}}, indent=1) + "\n")
+        Path(args.out).write_text(json.dumps({"projection": "computed from the rates of short runs, not measured", **vars(args), "gpu_hours": {k: round(v, 2) for k, v in stages.items()}}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

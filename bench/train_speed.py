@@ -6,7 +6,8 @@ Ours: train.py's own `backward` on an effective batch of 32 pairs in mixed direc
 of rank 16 on the same projections (one direction for all, which favours it), the R-Drop repository's form (batch doubled,
 logits for every position, its compute_kl_loss), micro-batches of 4 in random order, padded to the longest. The tuned peer:
 logits on target positions only, rows sorted by length, micro-batches of 4. Ours cuts its passes by tokens, as train.py does. Both
-peers run in transformers' own way, with an attention mask. On a CPU each side has a process of its own. Prints one JSON line.
+peers run in transformers' own way, with an attention mask. On a CPU, fp32, each side has a process of its own; on a GPU, bf16, both
+share the frozen weights, and the peers' LoRA runs under autocast. Prints one JSON line.
 """
 
 from pathlib import Path
@@ -15,7 +16,7 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
-from common import Side, alternate, bench_parser, load_both, machine, matmul_rate, peak_bytes, ratios, report, resident_bytes, sentence_rows, serve, tokenizer_of
+from common import Side, alternate, bench_parser, load_both, lower, machine, matmul_rate, peak_bytes, ratios, report, resident_bytes, sentence_rows, serve, tokenizer_of
 
 import model as backbone
 from crosslora import TARGET_MODULES
@@ -24,8 +25,8 @@ from devices import Ranks, device_and_dtype
 from train import backward
 
 
-def peer_backward(model, examples, micro_batch_size, tuned, alpha, device):
-    """Gradients of eq. 9 for an effective batch as the usual stack computes them. Returns the summed [nll, kl]."""
+def peer_backward(model, examples, micro_batch_size, tuned, alpha, device, dtype):
+    """Gradients of eq. 9 for an effective batch as the usual stack computes them, in bf16 as its Trainer does. Returns the summed [nll, kl]."""
     M = sum(target_count(e) for e in examples)
     rows = sorted(examples, key=lambda e: len(e.ids)) if tuned else examples
     sums = torch.zeros(2, device=device)
@@ -33,13 +34,14 @@ def peer_backward(model, examples, micro_batch_size, tuned, alpha, device):
         tokens, labels = (t.to(device) for t in collate(rows[start : start + micro_batch_size]))
         at = labels != IGNORE
         mask = torch.arange(tokens.shape[1], device=device) < torch.tensor([len(e.ids) - 1 for e in rows[start : start + micro_batch_size]], device=device)[:, None]
-        if tuned:
-            hidden = model.base_model.model.model(input_ids=tokens.repeat(2, 1), attention_mask=mask.repeat(2, 1).long(), use_cache=False).last_hidden_state
-            first, second = (model.base_model.model.lm_head(h[at]) for h in hidden.chunk(2))
-            targets = labels[at]
-        else:
-            first, second = model(input_ids=tokens.repeat(2, 1), attention_mask=mask.repeat(2, 1).long(), use_cache=False).logits.chunk(2)
-            first, second, targets = first.flatten(0, 1), second.flatten(0, 1), labels.flatten()
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            if tuned:
+                hidden = model.base_model.model.model(input_ids=tokens.repeat(2, 1), attention_mask=mask.repeat(2, 1).long(), use_cache=False).last_hidden_state
+                first, second = (model.base_model.model.lm_head(h[at]) for h in hidden.chunk(2))
+                targets = labels[at]
+            else:
+                first, second = model(input_ids=tokens.repeat(2, 1), attention_mask=mask.repeat(2, 1).long(), use_cache=False).logits.chunk(2)
+                first, second, targets = first.flatten(0, 1), second.flatten(0, 1), labels.flatten()
         nll = (F.cross_entropy(first.float(), targets, ignore_index=IGNORE, reduction="sum") + F.cross_entropy(second.float(), targets, ignore_index=IGNORE, reduction="sum")) / 2
         if tuned:
             p, q = F.log_softmax(first.float(), -1), F.log_softmax(second.float(), -1)
@@ -65,7 +67,7 @@ def main():
     device, dtype = device_and_dtype("auto")
     folder = Path(args.work) / args.size
     empty = resident_bytes(device)
-    lm, adapter, peer = load_both(args.size, folder, args.shared, device, dtype, args.side)
+    lm, adapter, peer = load_both(args.size, folder, args.shared, device, args.side)
     if lm:
         lm.pack(training=True)
     cfg = backbone.Config.load(folder)
@@ -75,46 +77,54 @@ def main():
 
     settings = SimpleNamespace(micro_batch_size=args.micro_batch_size, micro_batch_tokens=512 * args.micro_batch_size, rdrop_alpha=0.1, normalize="tokens")
 
-    def ours(batch=examples):
+    def ours(batch=examples, dtype=dtype):
         adapter.zero_grad(set_to_none=True)
         return backward(lm, adapter, batch, settings, Ranks(0, 1), dtype)
 
-    def theirs(tuned, micro):
+    def theirs(tuned, batch=examples, dtype=dtype):
         def step():
             peer.zero_grad(set_to_none=True)
-            return peer_backward(peer, examples, micro, tuned, 0.1, device)
+            return peer_backward(peer, batch, args.micro_batch_size, tuned, 0.1, device, dtype)
         return step
 
-    runs = {"ours": ours, "usual": theirs(False, args.micro_batch_size), "tuned": theirs(True, args.micro_batch_size)}
+    runs = {"ours": ours, "usual": theirs(False), "tuned": theirs(True)}
     if args.side:
         if args.side != "ours":
             adapter = None  # the peer has copied two of its experts
             peer.train()
         return serve(runs[args.side], peak_bytes(runs[args.side], device, empty))
 
-    # Agreement first: dropout off, all rows in the one direction that the peer has.
-    one_way = [e._replace(src_lang="de", tgt_lang="zh") for e in examples]
-    adapter.dropout, agree = 0.0, {}
-    peer.eval()
-    mine = ours(one_way)
-    for name, step in (("usual", theirs(False, args.micro_batch_size)), ("tuned", theirs(True, args.micro_batch_size))):
-        other = step()
-        worst = abs(mine[0] / other[0] - 1).item()
-        for i, layer in enumerate(peer.base_model.model.model.layers):
-            for module in TARGET_MODULES:
-                bank, lora = adapter.layers[i][module], getattr(layer.mlp, module)
-                for a, b in ((bank.lora_A["de"].grad, lora.lora_A["default"].weight.grad), (bank.lora_B["zh"].grad, lora.lora_B["default"].weight.grad)):
-                    worst = max(worst, ((a - b).norm() / b.norm()).item())
-        agree[name] = worst
-        assert dtype != torch.float32 or worst < 1e-4, f"{name} peer disagrees: {worst}"
-    adapter.dropout = 0.1
-    peer.train()
+    def disagreement(batch, dtype):
+        """Largest relative difference of loss and gradients between ours and each peer, without dropout."""
+        adapter.dropout, worst = 0.0, {}
+        peer.eval()
+        mine = ours(batch, dtype)
+        for name in ("usual", "tuned"):
+            other = theirs(name == "tuned", batch, dtype)()
+            worst[name] = abs(mine[0] / other[0] - 1).item()
+            for i, layer in enumerate(peer.base_model.model.model.layers):
+                for module in TARGET_MODULES:
+                    bank, lora = adapter.layers[i][module], getattr(layer.mlp, module)
+                    for a, b in ((bank.lora_A["de"].grad, lora.lora_A["default"].weight.grad), (bank.lora_B["zh"].grad, lora.lora_B["default"].weight.grad)):
+                        worst[name] = max(worst[name], ((a - b).norm() / b.norm()).item())
+        adapter.dropout = 0.1
+        peer.train()
+        return worst
+
+    # All rows in the one direction that the peer has; fp32 of 8B and activations of more than 8 pairs is too much for a GPU of 80 GB.
+    one_way = [e._replace(src_lang="de", tgt_lang="zh") for e in examples[: None if device.type == "cpu" else 8]]
+    agree = disagreement(one_way, torch.float32)
+    assert max(agree.values()) < 1e-4, f"the sides disagree: {agree}"
+    if dtype != torch.float32:
+        lower([*lm.parameters(), *(p for p in peer.parameters() if not p.requires_grad)], dtype)  # LoRA stays in fp32 on both sides
+        lm.pack(training=True)  # anew, in that dtype
+        agree = {"fp32": agree, "bf16": disagreement(one_way, dtype)}
 
     tokens, targets = sum(len(e.ids) - 1 for e in examples), sum(target_count(e) for e in examples)
     layer_weights = sum(p.numel() for name, p in lm.named_parameters() if name.startswith("model.layers"))
     flops = 2 * 4 * (tokens * layer_weights + targets * cfg.vocab_size * cfg.hidden_size)  # two passes, 4 a weight and token, needed or not
     if device.type == "cpu":
-        lm = adapter = peer = layer = bank = lora = a = b = None  # the sides have their own
+        lm = adapter = peer = None  # the sides have their own
         runs = {name: Side(name) for name in runs}
         peaks = {name: side.told for name, side in runs.items()}
     else:

@@ -18,8 +18,9 @@ from crosslora import CrossLoRA, kept
 from data import LANGUAGES
 from generate import Row, decode
 from kernels import linear
+from plan import micro_batches
 from test_train import close, one_process, setup
-from train import forward_sums, micro_batches
+from train import forward_sums
 
 
 def cost(runs, pass_cost):
@@ -88,6 +89,34 @@ def test_grouped_rows_equal_gathered_rows(lm, variant):
             for name in a:
                 x = torch.randn(len(src), 3, lm.cfg.intermediate_size if name == "down_proj" else lm.cfg.hidden_size)
                 assert torch.allclose(a[name](x), b[name](x), atol=1e-5) and a[name](x).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("variant", ["crosslora", "lora", "shared-target", "molora-topk"])
+def test_rows_one_after_another_equal_rows_below_one_another(checkpoint, sentences, variant):
+    """As a GPU computes a pass: loss, gradients, and which experts have none."""
+    lm, _, examples = setup(checkpoint, sentences)
+    adapter, found = randomise(CrossLoRA(lm.cfg, list(LANGUAGES), rank=4, alpha=8, dropout=0.0, variant=variant)), []
+    examples = [e for e in examples if "is" not in (e.src_lang, e.tgt_lang)][:7]
+    for alpha in (0.1, 0):
+        for packed in (False, True):
+            losses = forward_sums(lm, adapter, examples, torch.float32, alpha, dropout=True, packed=packed)
+            found.append((torch.stack(losses).detach(), torch.autograd.grad(losses[0], list(adapter.parameters()), allow_unused=True)))
+    for (loss, grads), (other, others) in (found[:2], found[2:]):
+        assert torch.allclose(loss, other, rtol=1e-4, atol=1e-4) and loss[1] > 1
+        for a, b in zip(grads, others):
+            assert (a is None) == (b is None) and (a is None or torch.allclose(a, b, rtol=1e-3, atol=1e-4 * float(a.abs().max())))
+    assert variant != "crosslora" or any(a is None for a in grads)
+
+
+def test_rows_one_after_another_draw_masks_of_their_own(checkpoint, sentences):
+    """Dropout makes R-Drop's copies differ, and leaves the expectation of the update as it is."""
+    lm, adapter, examples = setup(checkpoint, sentences, dropout=0.3)
+    torch.manual_seed(0)
+    assert forward_sums(lm, adapter, examples[:4], torch.float32, 0.1, dropout=True, packed=True)[2] > 1e-3
+    x = torch.randn(1, 3, lm.cfg.hidden_size).expand(4000, -1, -1)
+    factors = (adapter(["de"] * 4000, ["zh"] * 4000, dropout=p, counts=[3] * 4000)[0]["gate_proj"](x) for p in (False, True))
+    exact, dropped = ((h @ B.t()).view(4000, 3, -1) for h, B in factors)  # (4000 * 3, D_out) -> (4000, 3, D_out)
+    assert (dropped.mean(0) - exact[0]).abs().max() < 6 * dropped.std(0).max() / 4000**0.5 and dropped.std(0).max() > 0
 
 
 @pytest.mark.parametrize("dtype, close", [(torch.float32, 1e-5), (torch.float64, 1e-12), (torch.bfloat16, 3e-2)])
