@@ -81,19 +81,19 @@ class LowRank:
 
 
 class EveryExpert:
-    """As LowRank for tokens of any rows, x (..., D_in) with N tokens in all, but gives the update's factors, (N, m*R) and (D_out, m*R):
+    """As LowRank for tokens of any rows, x (..., D_in) with N tokens in all, but gives the update's factors, (N, m*R), (D_out, m*R) and a number:
     all experts present meet all tokens, and each token keeps its own. A GPU reads x as fast for a hundred columns as for sixteen,
     and a launch for every expert would cost more.
 
-    A (n*R, D_in), B (D_out, m*R); own (N, m*R): the columns of A_src x, again for each of B's experts, and mask (N, m*R): scale where it is B_tgt, else 0.
+    A (n*R, D_in), B (D_out, m*R); own (N, m*R): the columns of A_src x, again for each of B's experts, and mask (N, m*R): 1 where it is B_tgt, else 0.
     """
 
-    def __init__(self, A, B, own, mask, dropout=0.0):
-        self.A, self.B, self.own, self.mask, self.dropout = A, B, own, mask, dropout
+    def __init__(self, A, B, own, mask, scale, dropout=0.0):
+        self.A, self.B, self.own, self.mask, self.scale, self.dropout = A, B, own, mask, scale, dropout
 
     def __call__(self, x):
         h = F.linear(F.dropout(x, self.dropout, training=self.dropout > 0), self.A).flatten(0, -2)  # (..., D_in) -> (..., n*R) -> (N, n*R)
-        return h.gather(1, self.own) * self.mask, self.B  # eq. 4: kernels.linear multiplies them: (N, m*R) x (m*R, D_out)
+        return h.gather(1, self.own) * self.mask, self.B, self.scale  # eq. 4: kernels.linear multiplies them: (N, m*R) x (m*R, D_out)
 
 
 def blocks(names):
@@ -189,7 +189,7 @@ class CrossLoRA(nn.Module):
 
         src_langs, tgt_langs: B language codes. dtype: that of the backbone's activations. Gradients reach the
         experts present and no others. Tokens may have P copies of every row, side by side. With counts the rows stand one
-        after another, that many tokens of each: {projection: EveryExpert}.
+        after another, that many tokens of each: {projection: EveryExpert}, but for a learned router.
         """
         scale, p = self.alpha / self.rank, self.dropout if dropout else 0.0
         if self.learned:
@@ -226,12 +226,11 @@ class CrossLoRA(nn.Module):
         routes, device = [self.route(s, t) for s, t in zip(src_langs, tgt_langs, strict=True)], next(self.parameters()).device
         src, tgt = (torch.tensor([names.index(route[i]) for route in routes]).repeat_interleave(torch.tensor(counts))[:, None] for i, names in enumerate((a, b)))  # (N, 1)
         column = torch.arange(len(b) * R)
-        mask = (column // R == tgt).to(dtype) * (self.alpha / self.rank)
-        return (src * R + column % R).to(device), mask.to(device)
+        return (src * R + column % R).to(device), (column // R == tgt).to(device, dtype)
 
     def by_token(self, stacked, places, dropout=False):
         """As forward, from what stacked() and places() give: a list over layers of {projection: EveryExpert}."""
-        return [{name: EveryExpert(*experts, *places, self.dropout if dropout else 0.0) for name, experts in layer.items()} for layer in stacked]
+        return [{name: EveryExpert(*experts, *places, self.alpha / self.rank, self.dropout if dropout else 0.0) for name, experts in layer.items()} for layer in stacked]
 
     def _each_bank(self, update):
         return [{name: update(bank) for name, bank in layer.items()} for layer in self.layers]

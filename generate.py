@@ -112,19 +112,19 @@ def decode(lm, adapter, dtype, queue, stop_ids, batch_size):
         hidden = lm(token[:, None], adapter.by_token(stacked, places) if places else lora, at[:, None], cache, slots)  # (B, 1, D)
         return lm.head(hidden[:, 0]).argmax(-1)  # (B, V) -> (B,)
 
-    places, recorded, room, size = None, None, 0, 0
+    places, recorded, recorded_slots, cache_slots, aside = None, None, 0, 0, torch.cuda.Stream() if gpu else None
     while rows:
         fresh.sort(key=lambda b: -len(rows[b].prompt))
         most = min(PROMPTS[device.type], max(1, 2**14 // len(rows[fresh[0]].prompt))) if fresh else 1  # the memory of a pass stays small
         for part in (fresh[i : i + most] for i in range(0, len(fresh), most)):
             ends = torch.tensor([[len(rows[b].prompt) - 1] for b in part], device=device)  # (b, 1)
             prompts = pad_sequence([torch.tensor(rows[b].prompt) for b in part], batch_first=True).to(device)  # (b, T), padded on the right
-            T = prompts.shape[1]
-            lora, part = experts([rows[b] for b in part], T)[1], torch.tensor(part, device=device)
+            T, at_rows = prompts.shape[1], torch.tensor(part, device=device)
+            lora = experts([rows[b] for b in part], T)[1]
             wanted = ends if stacked is None else None  # places are of all T tokens, in the last layer too
-            hidden = lm(prompts, lora, cache=cache, slots=T, wanted=wanted, cached=part)  # (b, 1, D) or (b, T, D)
+            hidden = lm(prompts, lora, cache=cache, slots=T, wanted=wanted, cached=at_rows)  # (b, 1, D) or (b, T, D)
             hidden = hidden if stacked is None else backbone.pick(hidden, ends)  # (b, 1, D)
-            token[part] = lm.head(hidden[:, 0]).argmax(-1)  # (b, V) -> (b,)
+            token[at_rows] = lm.head(hidden[:, 0]).argmax(-1)  # (b, V) -> (b,)
         if fresh:
             places = None  # of all rows, once they decode
         else:
@@ -132,10 +132,10 @@ def decode(lm, adapter, dtype, queue, stop_ids, batch_size):
                 places, lora = experts(rows)
             at = [0 if row.finish else len(row.prompt) + len(row.out) - 1 for row in rows]  # where each row's last token stands
             slots, at = max(at) + 1, torch.tensor(at, device=device)
-            if gpu and (not room // 2 < slots <= room or size != cache.k[0].shape[2]):  # the record is of another cache
-                slots = room = -(-slots // 64) * 64
-                cache.reserve(room)
-                recorded, size = Recorded(step, token, at, *places), cache.k[0].shape[2]
+            if gpu and (not recorded_slots // 2 < max(slots, 64) <= recorded_slots or cache_slots != cache.k[0].shape[2]):
+                slots = recorded_slots = -(-slots // 64) * 64  # it was recorded for too few, far too many, or a cache that has moved
+                cache.reserve(slots)
+                recorded, cache_slots = Recorded(aside, step, token, at, *places), cache.k[0].shape[2]
             token = (recorded or step)(token, at, *places)
         new = token.tolist()
         for row, t in [(rows[b], new[b]) for b in fresh or range(len(rows)) if not rows[b].finish]:

@@ -51,10 +51,12 @@ class FrozenLinear(torch.autograd.Function):
 
 
 def linear(x, weight, bias=None, update=None, transposed=None):
-    """F.linear(x, weight, bias) + update, faster where the weight is frozen; shapes as in product. transposed: the weight's
+    """F.linear(x, weight, bias) + update, faster where the weight is frozen; shapes as in product, or update is
+    (h, B, scale), factors (N, M) and (D_out, M) of it for the N tokens of x. transposed: the weight's
     packed transpose (D_in, D_out), for the backward pass; without it a packed weight is unpacked every time."""
-    if isinstance(update, tuple):  # its factors (N, M) and (D_out, M), whose product costs less if it is added at once
-        y = F.linear(x.flatten(0, -2), weight, bias).addmm_(update[0], update[1].t())  # (N, D_in) x (D_in, D_out) + (N, M) x (M, D_out)
+    if isinstance(update, tuple):  # its product costs less if it is added at once; weight is a plain one
+        h, B, scale = update
+        y = F.linear(x.flatten(0, -2), weight, bias).addmm_(h, B.t(), alpha=scale)  # (N, D_in) x (D_in, D_out) + (N, M) x (M, D_out)
         return y.view(*x.shape[:-1], -1)  # (N, D_out) -> (..., D_out)
     if weight.requires_grad or not by_onednn(x):
         y = F.linear(x, weight, bias)
@@ -135,13 +137,14 @@ class Recorded:
     """function(*tensors) -> tensor as a CUDA graph: recorded once, then its kernels start without Python, which for a few tokens
     takes longer than they do. Shapes stay what they were, as does all memory that the function finds for itself; the result is overwritten by the next call."""
 
-    def __init__(self, function, *inputs):
-        self.inputs, self.graph, aside = [x.clone() for x in inputs], torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    def __init__(self, aside, function, *inputs):
+        """aside: a stream to record on, one for all records, since libraries keep memory for each."""
+        self.inputs, self.graph = [x.clone() for x in inputs], torch.cuda.CUDAGraph()
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):  # what libraries do at their first call can't be recorded
             function(*self.inputs)
         torch.cuda.current_stream().wait_stream(aside)
-        with torch.cuda.graph(self.graph):
+        with torch.cuda.graph(self.graph, stream=aside, capture_error_mode="thread_local"):  # NCCL's own thread may go on
             self.output = function(*self.inputs)
 
     def __call__(self, *inputs):

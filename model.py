@@ -231,8 +231,8 @@ class CausalLM(nn.Module):
     def forward(self, tokens, lora=None, positions=None, cache=None, slots=None, wanted=None, rows=None, cached=None):
         """Hidden states of `tokens` (B, T): all, (B, T, D), or those at `wanted` (B, W), indices into T, (B, W, D).
 
-        lora: per layer a dict projection -> callable, x (B, T, D_in) to the update (B, T, D_out) of eq. 4
-        (see crosslora.CrossLoRA); None is the bare backbone.
+        lora: per layer a dict projection -> callable, x (B, T, D_in) to the update (B, T, D_out) of eq. 4, or to its factors as
+        kernels.linear takes them (see crosslora.CrossLoRA); None is the bare backbone.
         positions: (B, T), default 0..T-1 in every row; others go with a cache. Rows are padded on the right: under the causal mask no
         token sees what comes after it.
         cache, slots: with a KVCache, keys and values are stored at `positions` and the first `slots` slots

@@ -36,7 +36,7 @@ def saved_bytes(cfg, rows, tokens, targets, element):
     """Estimate of what one micro-batch keeps for its backward pass, in bytes: `rows` (R-Drop's copies included) of
     `tokens` each, `targets` in all, activations of `element` bytes.
 
-    A layer keeps two fp32 norm inputs, attention's q, k, v and output, the dropped inputs of three LoRA branches with
+    A layer keeps two norm inputs and what makes fp32 of them (at most), attention's q, k, v and output, the dropped inputs of three LoRA branches with
     their masks, and SwiGLU's two factors; the last layer keeps for all tokens its first norm's input, keys and values only,
     the rest for targets; frozen projections keep nothing. The loss keeps a gradient of its states.
     """

@@ -65,7 +65,7 @@ def backward(model, adapter, batch, args, ranks, dtype):
     M = denominator(batch, args.normalize)
     mine = sorted(batch, key=lambda e: len(e.ids))[ranks.rank :: ranks.world]  # similar lengths share a micro-batch
     sums = torch.zeros(2, device=model.inv_freq.device)
-    for part in micro_batches(mine, args, padded=sums.device.type == "cpu"):
+    for part in micro_batches(mine, args, padded=sums.device.type != "cuda"):
         loss, nll, kl = forward_sums(model, adapter, part, dtype, args.rdrop_alpha, dropout=True)
         (loss / M).backward()
         sums += torch.stack((nll, kl))
@@ -182,7 +182,7 @@ def parse_args():
     parser.add_argument("--max-steps", type=int, help="stop after this many steps instead; for trials")
     parser.add_argument("--batch-size", type=int, default=32, help="effective batch: ranks x micro-batch x accumulation, whatever the passes (section A.1)")
     parser.add_argument("--micro-batch-size", type=int, default=4, help="rows of --max-length a rank and pass (section A.1)")
-    parser.add_argument("--micro-batch-tokens", type=int, help="tokens a rank and pass, pads included; default: what --micro-batch-size rows of --max-length "
+    parser.add_argument("--micro-batch-tokens", type=int, help="tokens a rank and pass, pads included (a GPU has none); default: what --micro-batch-size rows of --max-length "
                         "hold, so that more rows share a pass when they are short; 0: always --micro-batch-size rows")
     parser.add_argument("--max-length", type=int, default=512, help="tokens a pair, longer ones are dropped (section A.1)")
     parser.add_argument("--keep", default="last", choices=["last", "best"], help="which epoch's adapter: the last, or the lowest dev loss")

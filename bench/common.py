@@ -194,8 +194,9 @@ def now(device):
     return time.perf_counter()
 
 
-def alternate(runs, repeats, device):
-    """Seconds of each named function, run in turn `repeats` times after one warm-up each: {name: [seconds, ...]}."""
+def alternate(runs, repeats, device, each=None):
+    """Seconds of each named function, run in turn `repeats` times after one warm-up each: {name: [seconds, ...]}. `each` is called
+    after every turn."""
     for run in runs.values():
         run()
     times = {name: [] for name in runs}
@@ -204,6 +205,8 @@ def alternate(runs, repeats, device):
             started = now(device)
             run()
             times[name].append(now(device) - started)
+        if each:
+            each()
     return times
 
 

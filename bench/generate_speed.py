@@ -11,6 +11,7 @@ Prints one JSON line.
 """
 
 import copy
+import statistics
 import sys
 from pathlib import Path
 
@@ -121,15 +122,15 @@ def main():
         for name, order in orders.items():
             runs[name], tried[name] = theirs(order, peers)
     print(tried, file=sys.stderr, flush=True)
-    times = alternate(runs, args.repeats, device)
-    rate = matmul_rate(device, dtype)
+    rates = []  # of a large product, after every turn: these machines change their pace
+    times = alternate(runs, args.repeats, device, lambda: rates.append(matmul_rate(device, dtype)))
     tokens, read = sum(limits), sum(map(len, prompts))
     flops = 2 * ((read + tokens) * layer_weights + tokens * cfg.vocab_size * cfg.hidden_size)  # 2 a weight and token, needed or not
     median = lambda name: sorted(times[name])[len(times[name]) // 2]
     result = {"bench": "generate", "size": args.size, "sentences": source, "count": len(rows), "prompt_tokens": read, "output_tokens": tokens, "batch_size": args.batch_size,
               "sentences_per_s": {name: round(len(rows) / median(name), 2) for name in runs}, "output_tokens_per_s": {name: round(tokens / median(name), 1) for name in runs},
               **{f"ratio_{name}": ratios(times, name) for name in orders}, "repeats": args.repeats, "peer_seconds": tried,
-              "utilisation": round(flops / median("ours") / rate, 3), "matmul_gflops": round(rate / 1e9, 1),
+              "utilisation": round(statistics.median(flops / t / rate for t, rate in zip(times["ours"], rates)), 3), "matmul_gflops": round(statistics.median(rates) / 1e9, 1),
               "agreement": f"{len(some) - differ} of {len(some)} greedy outputs identical", "machine": machine(device)}
     report(result, args.out)
 

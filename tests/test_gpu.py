@@ -51,7 +51,7 @@ def test_training_equals_the_cpus(checkpoint, sentences, variant):
 @pytest.mark.parametrize("variant", ["crosslora", "lora", "molora-topk", None])
 def test_recorded_steps_give_what_rows_give_alone(checkpoint, variant):
     """Rows of different prompts and limits that take over places, steps recorded several times: each row gets what the CPU gives it alone."""
-    lm, rows = backbone.load(checkpoint), []
+    lm = backbone.load(checkpoint)
     adapter = None if variant is None else randomise(CrossLoRA(lm.cfg, list(LANGUAGES), rank=4, alpha=8, variant=variant))
     make = lambda: [Row(i, list(range(5, 8 + 7 * (i % 5))), *(("de", "zh"), ("en", "is"), ("ru", "en"))[i % 3], 1 + (11 * i) % 83) for i in range(24)]
     alone = {row.key: row.out for single in make() for row in decode(lm, adapter, torch.float32, iter([single]), (), 1)}

@@ -115,7 +115,7 @@ def test_rows_one_after_another_draw_masks_of_their_own(checkpoint, sentences):
     assert forward_sums(lm, adapter, examples[:4], torch.float32, 0.1, dropout=True, packed=True)[2] > 1e-3
     x = torch.randn(1, 3, lm.cfg.hidden_size).expand(4000, -1, -1)
     factors = (adapter(["de"] * 4000, ["zh"] * 4000, dropout=p, counts=[3] * 4000)[0]["gate_proj"](x) for p in (False, True))
-    exact, dropped = ((h @ B.t()).view(4000, 3, -1) for h, B in factors)  # (4000 * 3, D_out) -> (4000, 3, D_out)
+    exact, dropped = ((h @ B.t() * scale).view(4000, 3, -1) for h, B, scale in factors)  # (4000 * 3, D_out) -> (4000, 3, D_out)
     assert (dropped.mean(0) - exact[0]).abs().max() < 6 * dropped.std(0).max() / 4000**0.5 and dropped.std(0).max() > 0
 
 
