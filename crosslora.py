@@ -9,6 +9,7 @@ T tokens, R rank, n experts of a learned router.
 """
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -22,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from files import UserError, read_json, run_main, write_atomic
+from kernels import Adapted, kept
 
 TARGET_MODULES = ("gate_proj", "up_proj", "down_proj")  # section A.1
 GROUPS = "en,de,is/cs,ru/zh"  # Table 4
@@ -51,39 +53,52 @@ def parse_groups(text, languages):
     return {code: "+".join(group) for group in groups for code in group}
 
 
-def kept(x, p):
-    """Dropout's mask, 1 with probability 1 - p (to 2^-16) at each element of x. Sixteen random bits an element take
-    a quarter of the time that torch's generator takes on a CPU."""
-    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None)
-    mask = bits.view(torch.int16)[: x.numel()].view(x.shape) >= min(round(p * 2**16), 2**16 - 1) - 2**15
-    return mask.view(torch.int8)  # a product with int8 takes a third of the time of one with bool
+def runs(names, counts):
+    """(names, numbers of tokens) of rows of `counts` tokens one after another, neighbours of one name taken together."""
+    found = [(name, sum(count for _, count in run)) for name, run in itertools.groupby(zip(names, counts), key=lambda row: row[0])]
+    return tuple(zip(*found))
+
+
+class PerRow:
+    """One projection with the update, each row on its own experts: x (..., D_in) -> (..., D_out), the rows one after another. a, b: runs() of
+    experts of A and B; in place of the rows' tokens they may count rows of equal length."""
+
+    def __init__(self, bank, a, b, scale, dropout, dtype):
+        self.bank, self.a, self.b, self.scale, self.dropout, self.dtype = bank, a, b, scale, dropout, dtype
+
+    def __call__(self, projection, x):
+        (a, a_counts), (b, b_counts) = self.a, self.b
+        experts = [self.bank.lora_A[name].to(self.dtype) for name in a] + [self.bank.lora_B[name].to(self.dtype) for name in b]
+        flat = x.flatten(0, -2)  # (..., D_in) -> (N, D_in)
+        sizes = ([count * len(flat) // sum(counts) for count in counts] for counts in (a_counts, b_counts))
+        mask = kept(flat, self.dropout) if self.dropout > 0 else None
+        y = Adapted.apply(flat, projection.weight, projection.bias, projection.transposed, mask, self.scale / (1 - self.dropout), *sizes, *experts)
+        return y.view(*x.shape[:-1], -1)  # (N, D_out) -> (..., D_out)
 
 
 class LowRank:
-    """The update of one projection for the rows of a batch: x (rows, T, D_in) -> (rows, T, D_out).
+    """As PerRow for decoding: x (rows, T, D_in) -> (rows, T, D_out), where reading experts for each row would take longer than the products.
 
-    A (a, R, D_in) and B (b, D_out, R) hold an expert for each block of S rows. In training a block is one row, or its P
-    copies side by side. In decoding `moves` gathers rows of one expert: into A's blocks, across to B's and back, see blocks().
+    A (a, R, D_in) and B (b, D_out, R) hold an expert for each block of S rows. `moves` gathers rows of one expert: into A's blocks,
+    across to B's and back, see blocks().
     """
 
-    def __init__(self, A, B, scale, dropout=0.0, moves=(None, None, None)):
-        self.A, self.B, self.scale, self.dropout, self.moves = A, B, scale, dropout, moves
+    def __init__(self, A, B, scale, moves):
+        self.A, self.B, self.scale, self.moves = A, B, scale, moves
 
-    def __call__(self, x):
+    def __call__(self, projection, x):
         move = lambda x, rows: x if rows is None else x.index_select(0, rows)
         T, (into, across, back) = x.shape[1], self.moves
-        x = move(x, into).view(len(self.A), -1, x.shape[-1])  # (rows, T, D_in) -> (a, S*T, D_in)
-        x = x * kept(x, self.dropout) if self.dropout > 0 else x
-        h = torch.bmm(x, self.A.transpose(1, 2)) * (self.scale / (1 - self.dropout))  # A_src x: (a, S*T, D_in) x (a, D_in, R) -> (a, S*T, R)
+        h = move(x, into).view(len(self.A), -1, x.shape[-1])  # (rows, T, D_in) -> (a, S*T, D_in)
+        h = torch.bmm(h, self.A.transpose(1, 2)) * self.scale  # A_src x: (a, S*T, D_in) x (a, D_in, R) -> (a, S*T, R)
         h = move(h.view(-1, T, h.shape[-1]), across).view(len(self.B), -1, h.shape[-1])  # -> (b, S*T, R), S now of B's blocks
         y = torch.bmm(h, self.B.transpose(1, 2))  # eq. 4: (b, S*T, R) x (b, R, D_out) -> (b, S*T, D_out)
-        return move(y.view(-1, T, y.shape[-1]), back)  # (b, S*T, D_out) -> (rows, T, D_out)
+        return projection(x, move(y.view(-1, T, y.shape[-1]), back))  # (b, S*T, D_out) -> (rows, T, D_out)
 
 
 class EveryExpert:
-    """As LowRank for tokens of any rows, x (..., D_in) with N tokens in all, but gives the update's factors, (N, m*R), (D_out, m*R) and a number:
-    all experts present meet all tokens, and each token keeps its own. A GPU reads x as fast for a hundred columns as for sixteen,
-    and a launch for every expert would cost more.
+    """As PerRow on a GPU, for tokens of any rows: all experts present meet all tokens, and each token keeps its own. A GPU reads x as fast
+    for a hundred columns as for sixteen, and a launch for every expert would cost more.
 
     A (n*R, D_in), B (D_out, m*R); own (N, m*R): the columns of A_src x, again for each of B's experts, and mask (N, m*R): 1 where it is B_tgt, else 0.
     """
@@ -91,9 +106,12 @@ class EveryExpert:
     def __init__(self, A, B, own, mask, scale, dropout=0.0):
         self.A, self.B, self.own, self.mask, self.scale, self.dropout = A, B, own, mask, scale, dropout
 
-    def __call__(self, x):
-        h = F.linear(F.dropout(x, self.dropout, training=self.dropout > 0), self.A).flatten(0, -2)  # (..., D_in) -> (..., n*R) -> (N, n*R)
-        return h.gather(1, self.own) * self.mask, self.B, self.scale  # eq. 4: kernels.linear multiplies them: (N, m*R) x (m*R, D_out)
+    def __call__(self, projection, x):
+        flat = x.flatten(0, -2)  # (..., D_in) -> (N, D_in)
+        h = F.linear(F.dropout(flat, self.dropout, training=self.dropout > 0), self.A)  # (N, D_in) x (D_in, n*R) -> (N, n*R)
+        h = h.gather(1, self.own) * self.mask  # (N, n*R) -> (N, m*R)
+        y = F.linear(flat, projection.weight, projection.bias).addmm_(h, self.B.t(), alpha=self.scale)  # eq. 4: (N, m*R) x (m*R, D_out)
+        return y.view(*x.shape[:-1], -1)  # (N, D_out) -> (..., D_out)
 
 
 def blocks(names):
@@ -110,20 +128,20 @@ def blocks(names):
 
 
 class RoutedLowRank:
-    """MoLoRA (top-k): every token picks its experts, x (B, T, D_in) -> (B, T, D_out), the same for all rows."""
+    """As PerRow for MoLoRA (top-k): every token picks its experts, x (B, T, D_in) -> (B, T, D_out), the same for all rows."""
 
     def __init__(self, A, B, router, top_k, scale, dropout):
         self.A, self.B, self.router = A, B, router  # (n, R, D_in), (n, D_out, R), fp32 (n, D_in)
         self.top_k, self.scale, self.dropout, self.gates = top_k, scale, dropout, None
 
-    def __call__(self, x):
+    def __call__(self, projection, x):
         scores = F.linear(x.float(), self.router).softmax(dim=-1)  # eq. 2: (B, T, D_in) -> (B, T, n)
         weights, chosen = scores.topk(self.top_k, dim=-1)  # (B, T, k)
         self.gates = torch.zeros_like(scores).scatter(-1, chosen, weights)  # s_i of the chosen, 0 for the others
-        x = F.dropout(x, self.dropout, training=self.dropout > 0)
-        h = F.linear(x, self.A.flatten(0, 1)).unflatten(-1, self.A.shape[:2])  # (B, T, n*R) -> (B, T, n, R)
+        h = F.dropout(x, self.dropout, training=self.dropout > 0)
+        h = F.linear(h, self.A.flatten(0, 1)).unflatten(-1, self.A.shape[:2])  # (B, T, n*R) -> (B, T, n, R)
         h = (h * self.gates.to(x.dtype)[..., None] * self.scale).flatten(2)  # (B, T, n, R) -> (B, T, n*R)
-        return F.linear(h, self.B.transpose(0, 1).flatten(1))  # eq. 3: sum over experts; B: (n, D_out, R) -> (D_out, n*R)
+        return projection(x, F.linear(h, self.B.transpose(0, 1).flatten(1)))  # eq. 3: sum over experts; B: (n, D_out, R) -> (D_out, n*R)
 
 
 class Bank(nn.Module):
@@ -143,7 +161,7 @@ class Bank(nn.Module):
 
 
 def gather(experts, names, dtype):
-    """One expert a row or block: ParameterDict of (M, N) -> (B, M, N)."""
+    """One expert a block: ParameterDict of (M, N) -> (blocks, M, N)."""
     if len(set(names)) == 1:
         return experts[names[0]].to(dtype).expand(len(names), -1, -1)
     return torch.stack([experts[name] for name in names]).to(dtype)
@@ -184,27 +202,28 @@ class CrossLoRA(nn.Module):
         """Names of the experts of A and B for a direction. Not defined where tokens are routed."""
         return ROUTES[self.variant](self.group[src_lang], self.group[tgt_lang])
 
-    def forward(self, src_langs, tgt_langs, dtype=torch.float32, dropout=False, counts=None):
-        """The experts of each row: a list over layers of {projection: LowRank or RoutedLowRank}.
+    def forward(self, src_langs, tgt_langs, dtype=torch.float32, dropout=False, counts=None, last=None, together=None):
+        """The experts of each row: a list over layers of {projection: PerRow, EveryExpert or RoutedLowRank}.
 
         src_langs, tgt_langs: B language codes. dtype: that of the backbone's activations. Gradients reach the
-        experts present and no others. Tokens may have P copies of every row, side by side. With counts the rows stand one
-        after another, that many tokens of each: {projection: EveryExpert}, but for a learned router.
+        experts present and no others. counts, last: how many tokens of each row stand one after another in every layer but the last, and in
+        the last; without them the rows are of one length, whatever it is. together: EveryExpert, which needs them; default: where it can on a GPU.
         """
         scale, p = self.alpha / self.rank, self.dropout if dropout else 0.0
         if self.learned:
             every = lambda experts: torch.stack(list(experts.values())).to(dtype)  # (n, M, N)
             return self._each_bank(lambda bank: RoutedLowRank(every(bank.lora_A), every(bank.lora_B), bank.router, self.top_k, scale, p))
         routes = [self.route(s, t) for s, t in zip(src_langs, tgt_langs, strict=True)]
-        if counts is not None:
+        if counts is not None and next(self.parameters()).is_cuda if together is None else together:
             present = [sorted(set(side)) for side in zip(*routes)]
-            return self.by_token(self.stacked(dtype, present), self.places(src_langs, tgt_langs, counts, dtype, present), dropout)
-        a, b = zip(*routes)
-        return self._each_bank(lambda bank: LowRank(gather(bank.lora_A, a, dtype), gather(bank.lora_B, b, dtype), scale, p))
+            stacked, everywhere, there = self.stacked(dtype, present), *(self.places(src_langs, tgt_langs, n, dtype, present) for n in (counts, last))
+            return self.by_token(stacked[:-1], everywhere, dropout) + self.by_token(stacked[-1:], there, dropout)
+        per_row = lambda bank, counts: PerRow(bank, *(runs(names, counts or [1] * len(routes)) for names in zip(*routes)), scale, p, dtype)
+        *others, end = self.layers
+        return self._each_bank(lambda bank: per_row(bank, counts), others) + self._each_bank(lambda bank: per_row(bank, last), [end])
 
     def grouped(self, src_langs, tgt_langs, dtype=torch.float32):
-        """As forward without dropout, for decoding: rows of one expert share a product. A row is one token there, and
-        reading experts for each would take longer than the products."""
+        """As forward without dropout, for decoding: {projection: LowRank}."""
         if self.learned:
             return self(src_langs, tgt_langs, dtype)
         routes = [self.route(s, t) for s, t in zip(src_langs, tgt_langs, strict=True)]
@@ -212,7 +231,7 @@ class CrossLoRA(nn.Module):
         moves = a_rows, [a_places[row] for row in b_rows], b_places
         device = next(self.parameters()).device
         moves = [None if rows == list(range(len(routes))) else torch.tensor(rows, device=device) for rows in moves]
-        return self._each_bank(lambda bank: LowRank(gather(bank.lora_A, a_names, dtype), gather(bank.lora_B, b_names, dtype), self.alpha / self.rank, moves=moves))
+        return self._each_bank(lambda bank: LowRank(gather(bank.lora_A, a_names, dtype), gather(bank.lora_B, b_names, dtype), self.alpha / self.rank, moves))
 
     def stacked(self, dtype, experts=None):
         """Experts as EveryExpert takes them, `experts` of A and B or all: a list over layers of {projection: (A, B)}."""
@@ -232,8 +251,8 @@ class CrossLoRA(nn.Module):
         """As forward, from what stacked() and places() give: a list over layers of {projection: EveryExpert}."""
         return [{name: EveryExpert(*experts, *places, self.alpha / self.rank, self.dropout if dropout else 0.0) for name, experts in layer.items()} for layer in stacked]
 
-    def _each_bank(self, update):
-        return [{name: update(bank) for name, bank in layer.items()} for layer in self.layers]
+    def _each_bank(self, update, layers=None):
+        return [{name: update(bank) for name, bank in layer.items()} for layer in layers or self.layers]
 
     def describe(self, backbone_name, fingerprint, prompt_format, tokenizer_sha256, seed, steps):
         """The content of adapter.json: all that is needed to rebuild the adapter and to refuse a wrong backbone."""
@@ -333,11 +352,11 @@ def export_peft(folder, src_lang, tgt_lang, out):
     write_atomic(out / "adapter_config.json", json.dumps(config, indent=2) + "\n")
 
 
-def router_load(lora, tokens):
-    """How often a learned router chose each expert in the last pass: (B, n) counts, means over layers and projections.
-    tokens: (B, T) bool, the positions that count."""
-    chosen = torch.stack([update.gates > 0 for layer in lora for update in layer.values()]).float().mean(0)  # (B, T, n)
-    return (chosen * tokens[..., None]).sum(1)  # (B, T, n) -> (B, n)
+def router_load(lora, lengths):
+    """How often a learned router chose each expert in the last pass, for rows of `lengths` tokens one after another: (rows, n) counts,
+    means over layers and projections."""
+    chosen = torch.stack([update.gates[0] > 0 for layer in lora for update in layer.values()]).float().mean(0)  # (T, n)
+    return torch.stack([row.sum(0) for row in chosen.split(lengths)])
 
 
 def print_counts(rank):

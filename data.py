@@ -38,7 +38,6 @@ LANGUAGES = {  # a new language is a line here and its code in --languages; the 
 }
 PIVOT = "en"
 PROMPT = "Translate the following {src} sentences into {tgt}: "  # section 4.1
-IGNORE = -100  # label of a position that is not trained on (F.cross_entropy's convention)
 
 # Chat formats as the published templates render one user turn; `{prompt}` is where the text goes.
 FORMATS = {
@@ -180,22 +179,9 @@ def target_count(example):
     return len(example.ids) - example.prompt_length
 
 
-def collate(examples):
-    """Examples -> tokens (B, T) and labels (B, T), padded on the right. labels[b, t] is the token after tokens[b, t]
-    where that is a target token or the end of turn, else IGNORE: prompts and pads are never trained on."""
-    T = max(len(e.ids) for e in examples) - 1
-    tokens = torch.zeros(len(examples), T, dtype=torch.long)
-    labels = torch.full((len(examples), T), IGNORE)
-    for row, example in enumerate(examples):
-        ids = torch.from_numpy(example.ids).long()
-        tokens[row, : len(ids) - 1] = ids[:-1]
-        labels[row, example.prompt_length - 1 : len(ids) - 1] = ids[example.prompt_length :]
-    return tokens, labels
-
-
 def concatenate(examples, copies):
-    """As collate without pads: tokens (1, T), each row `copies` times one after another; labels (N,), all target tokens; where those
-    before them stand in each copy, (N, copies), indices into T; the lengths of all rows."""
+    """Examples one after another, without pads: tokens (1, T), each row `copies` times; labels (N,), all target tokens, the end of turn
+    included, while prompts are never trained on; where those before them stand in each copy, (N, copies), indices into T; the lengths of all rows."""
     lengths = [len(e.ids) - 1 for e in examples for _ in range(copies)]
     tokens = np.concatenate([e.ids[:-1] for e in examples for _ in range(copies)])[None]
     labels = np.concatenate([e.ids[e.prompt_length :] for e in examples])

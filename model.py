@@ -174,11 +174,12 @@ class Attention(nn.Module):
         """x (B, T, D) -> (B, W, D), the positions `wanted`. store(k, v) puts the new keys and values into the cache and returns
         all that are there, None without a cache; mask, rows: see kernels.attention."""
         heads = lambda x: x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, T, H*K) -> (B, T, H, K) -> (B, H, T, K)
-        q = rotate(heads(self.q_proj(pick(x, wanted))), pick(cos, wanted), pick(sin, wanted))  # (B, H, W, K)
+        q = rotate(heads(self.q_proj(x)), cos, sin)  # (B, H, T, K)
         k, v = rotate(heads(self.k_proj(x)), cos, sin), heads(self.v_proj(x))  # (B, G, T, K)
         if store is not None:
             k, v = store(k, v)  # (B, G, S, K)
-        return self.o_proj(attention(q, k, v, mask, rows).transpose(1, 2).flatten(2))  # (B, H, W, K) -> (B, W, H*K) -> (B, W, D)
+        y = attention(q, k, v, mask, rows).transpose(1, 2).flatten(2)  # (B, H, T, K) -> (B, T, H*K)
+        return self.o_proj(pick(y, wanted))  # (B, T, H*K) -> (B, W, H*K) -> (B, W, D)
 
 
 class MLP(nn.Module):
@@ -190,7 +191,8 @@ class MLP(nn.Module):
 
     def forward(self, x, lora):
         def project(name, x):
-            return getattr(self, name)(x, None if lora is None else lora[name](x))  # eq. 1: W_0 x and the update
+            projection = getattr(self, name)
+            return projection(x) if lora is None else lora[name](projection, x)  # eq. 1: W_0 x and the update
 
         return project("down_proj", SwiGLU.apply(project("gate_proj", x), project("up_proj", x)))
 
@@ -231,14 +233,14 @@ class CausalLM(nn.Module):
     def forward(self, tokens, lora=None, positions=None, cache=None, slots=None, wanted=None, rows=None, cached=None):
         """Hidden states of `tokens` (B, T): all, (B, T, D), or those at `wanted` (B, W), indices into T, (B, W, D).
 
-        lora: per layer a dict projection -> callable, x (B, T, D_in) to the update (B, T, D_out) of eq. 4, or to its factors as
-        kernels.linear takes them (see crosslora.CrossLoRA); None is the bare backbone.
+        lora: per layer a dict of functions, (projection, x (B, T, D_in)) -> (B, T, D_out): eq. 1, what the Linear `projection` gives and the
+        update of eq. 4 (see crosslora.CrossLoRA); None is the bare backbone.
         positions: (B, T), default 0..T-1 in every row; others go with a cache. Rows are padded on the right: under the causal mask no
         token sees what comes after it.
         cache, slots: with a KVCache, keys and values are stored at `positions` and the first `slots` slots
         are attended to; slots must exceed the largest position, and T slots are T tokens at positions 0..T-1, which may be of some rows
         of the cache, `cached` (B,).
-        rows: with B = 1, kernels.Rows that stand one after another in T, so that nothing is padded; then `wanted` has to be None.
+        rows: with B = 1, kernels.Rows that stand one after another in T, so that nothing is padded.
         """
         B, T = tokens.shape
         if positions is None:
@@ -247,19 +249,16 @@ class CausalLM(nn.Module):
         x = self.model.embed_tokens(tokens)  # (B, T, D)
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         group = self.cfg.num_attention_heads // self.cfg.num_key_value_heads
-        # A query sees the slots that are not later than it, alike for each head of a group: (B, 1, W, S) -> (B, 1, H/G * W, S).
-        visible = lambda at: (torch.arange(slots or T, device=tokens.device) <= at[:, None, :, None]).repeat(1, 1, group, 1)
         mask = store = None
         if cache is not None:
             cache.reserve(slots)
-            mask = visible(positions) if slots > T else None
+            if slots > T:  # a query sees the slots that are not later than it, alike for each head of a group
+                mask = (torch.arange(slots, device=tokens.device) <= positions[:, None, :, None]).repeat(1, 1, group, 1)  # (B, 1, T, S) -> (B, 1, H/G * T, S)
         for i, layer in enumerate(self.model.layers):
             if cache is not None:
                 store = lambda k, v, i=i: cache.update(i, k, v, positions, slots, cached)
-            at = wanted if layer is self.model.layers[-1] else None  # no token needs another's states after the last keys and values
-            if at is not None:
-                mask = visible(positions.gather(1, at))
-            x = layer(x, cos, sin, store, mask, rows, None if lora is None else lora[i], at)
+            last = layer is self.model.layers[-1]  # no token needs another's states after its attention
+            x = layer(x, cos, sin, store, mask, rows, None if lora is None else lora[i], wanted if last else None)
         return self.model.norm(x)
 
     def head(self, hidden):

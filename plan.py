@@ -1,6 +1,5 @@
-"""What a training run will be: how a batch is cut into passes, and from config.json alone parameters, steps, tokens, memory (train.py --dry-run)."""
+"""What a training run will be, from config.json alone: parameters, steps, tokens, memory (train.py --dry-run)."""
 
-import itertools
 import math
 from pathlib import Path
 
@@ -13,23 +12,25 @@ from files import UserError, resolve
 from kernels import LOGITS
 
 
-def micro_batches(rows, args, pass_cost=32, padded=True):
-    """Cut `rows`, sorted by length, into one rank's passes, longest first: runs of at most --micro-batch-tokens tokens, pads
-    included if they are `padded`, whose tokens plus `pass_cost` for every pass are fewest. With 0 tokens: runs of --micro-batch-size rows."""
+def pass_tokens(args, cfg, device):
+    """--micro-batch-tokens, or its default: "cuda" takes what --micro-batch-size rows of --max-length hold, "cpu" what its caches do."""
+    if args.micro_batch_tokens is not None:
+        return args.micro_batch_tokens
+    return args.micro_batch_size * args.max_length if device == "cuda" else max(1, 2**20 // cfg.intermediate_size)
+
+
+def micro_batches(rows, args):
+    """Cut `rows` into one rank's passes: as many in a row as --micro-batch-tokens tokens hold, or --micro-batch-size where that is 0."""
     if not args.micro_batch_tokens:
         return [rows[i : i + args.micro_batch_size] for i in range(0, len(rows), args.micro_batch_size)]
-    cost, cut, before = [0], [], [0, *itertools.accumulate(len(e.ids) for e in rows)]
-    for end, longest in enumerate((len(e.ids) for e in rows), 1):  # cost[end]: the fewest tokens for rows[:end]
-        tokens = [(end - i) * longest if padded else before[end] - before[i] for i in range(end)]  # of the run rows[i:end]
-        fits = [i for i in range(end) if tokens[i] <= args.micro_batch_tokens] or [end - 1]
-        best, start = min((cost[i] + tokens[i] + pass_cost, i) for i in fits)
-        cost.append(best)
-        cut.append(start)
-    runs, end = [], len(rows)
-    while end:
-        runs.append(rows[cut[end - 1] : end])
-        end = cut[end - 1]
-    return runs
+    passes, room = [], 0
+    for row in rows:
+        if len(row.ids) > room:
+            passes.append([])
+            room = args.micro_batch_tokens
+        passes[-1].append(row)
+        room -= len(row.ids)
+    return passes
 
 
 def saved_bytes(cfg, rows, tokens, targets, element):
@@ -37,12 +38,12 @@ def saved_bytes(cfg, rows, tokens, targets, element):
     `tokens` each, `targets` in all, activations of `element` bytes.
 
     A layer keeps two norm inputs and what makes fp32 of them (at most), attention's q, k, v and output, the dropped inputs of three LoRA branches with
-    their masks, and SwiGLU's two factors; the last layer keeps for all tokens its first norm's input, keys and values only,
-    the rest for targets; frozen projections keep nothing. The loss keeps a gradient of its states.
+    their masks, and SwiGLU's two factors; the last layer keeps for all tokens what it has up to its attention, the rest for targets; frozen
+    projections keep nothing. The loss keeps a gradient of its states.
     """
     D, F_, heads = cfg.hidden_size, cfg.intermediate_size, 2 * (cfg.num_attention_heads + cfg.num_key_value_heads) * cfg.head_dim
     layer = D * (2 * 4 + 2 * (1 + element)) + heads * element + F_ * (2 * element + 1 + element)
-    last = D * 4 + 2 * cfg.num_key_value_heads * cfg.head_dim * element
+    last = D * 4 + heads * element
     return rows * tokens * ((cfg.num_hidden_layers - 1) * layer + last) + targets * (layer + D * element)
 
 
@@ -66,8 +67,6 @@ def dry_run(args):
         adapter = CrossLoRA(cfg, languages, args.rank, args.alpha, args.dropout, args.adapter_type, args.groups, args.top_k)
     size = lambda module: sum(p.numel() for p in module.parameters())
     frozen, trained = size(backbone.build(cfg)), size(adapter)
-    one = lambda experts: next(iter(experts.values())).numel()
-    expert = sum(one(bank.lora_A) + one(bank.lora_B) for layer in adapter.layers for bank in layer.values())  # a row's
     steps = math.ceil(pairs / args.batch_size)
     print(f"backbone:   {frozen:,} parameters, frozen")
     print(f"adapter:    {trained:,} parameters, trained: {trained / frozen:.2%} of the backbone, {trained / (frozen + trained):.2%} of the total")
@@ -80,17 +79,14 @@ def dry_run(args):
         length, targets = max(lengths), max(counts)  # the worst pass is all long ones
         print(f"tokens:     {sum(lengths):,} an epoch, {sum(counts):,} of them targets; {sum(lengths) / pairs:.1f} a pair, longest {length}; {dropped} pairs dropped")
     passes = 2 if args.rdrop_alpha > 0 else 1
-    rows = args.micro_batch_size
-    if args.micro_batch_tokens:  # what fits, rounded up: somewhat shorter rows use the tokens to the last
-        rows = min(math.ceil(max(1, args.micro_batch_tokens / length)), args.batch_size)
-    most = args.batch_size if args.micro_batch_tokens else rows  # rows, if they are short
     transposed = frozen - cfg.vocab_size * cfg.hidden_size  # CausalLM.pack: all but the embeddings
-    for what, element, device, weights, copied in (("bf16 backbone (GPU)", 2, "cuda", frozen, trained), ("fp32 backbone (CPU)", 4, "cpu", frozen + transposed, most * expert)):
-        # fp32 weight, gradient and two moments are 16 bytes a trained parameter; a CPU gathers an expert of A and of B a row, a GPU all
-        # that are present, and it computes the last layer everywhere; beside the logits that are there at one time the loss holds about
-        # four fp32 copies of them
-        parts = [weights * element, 16 * trained, copied * element,
-                 saved_bytes(cfg, rows * passes, length, rows * passes * (length if device == "cuda" else targets), element)
+    for what, element, device, weights, copied in (("bf16 backbone (GPU)", 2, "cuda", frozen, trained), ("fp32 backbone (CPU)", 4, "cpu", frozen + transposed, 0)):
+        rows = args.micro_batch_size
+        if tokens := pass_tokens(args, cfg, device):  # what fits, rounded up: somewhat shorter rows use the tokens to the last
+            rows = min(math.ceil(max(1, tokens / length)), args.batch_size)
+        # fp32 weight, gradient and two moments are 16 bytes a trained parameter; a GPU copies the experts that are present; beside the
+        # logits that are there at one time the loss holds about four fp32 copies of them
+        parts = [weights * element, 16 * trained, copied * element, saved_bytes(cfg, rows * passes, length, rows * passes * targets, element)
                  + min(LOGITS[device], rows * passes * targets * cfg.vocab_size) * (4 * 4 + element)]
         print(f"memory:     at most {sum(parts) / 2**30:.1f} GiB a process, {what}: weights {parts[0] / 2**30:.1f}, adapter with gradient and Adam {parts[1] / 2**30:.1f}, "
-              f"gathered experts {parts[2] / 2**30:.1f}, activations {parts[3] / 2**30:.1f} ({rows} pairs of {length} tokens)")
+              f"copied experts {parts[2] / 2**30:.1f}, activations {parts[3] / 2**30:.1f} ({rows} pairs of {length} tokens)")

@@ -20,35 +20,23 @@ from tqdm import tqdm
 
 import model as backbone
 from crosslora import GROUPS, ROUTES, CrossLoRA, load_adapter, router_load, save_adapter
-from data import FORMATS, IGNORE, Tokenizer, collate, concatenate, encode, epoch_order, group_of, read_stage_data, target_count
+from data import FORMATS, Tokenizer, concatenate, encode, epoch_order, group_of, read_stage_data, target_count
 from devices import add_device_arguments, claim_run, device_and_dtype, init_distributed, sum_over_ranks
 from files import UserError, at_least, claim, file_sha256, resolve, run_main, write_atomic
 from kernels import Rows, head_loss
-from plan import dry_run, micro_batches
+from plan import dry_run, micro_batches, pass_tokens
 
 
-def forward_sums(model, adapter, examples, dtype, rdrop_alpha, dropout, packed=None):
+def forward_sums(model, adapter, examples, dtype, rdrop_alpha, dropout):
     """(loss, nll, kl) of kernels.head_loss, summed over the target tokens of a micro-batch. Where rdrop_alpha > 0, every
-    row stands there twice, each copy with its own dropout, the two side by side so that they share their experts.
-    packed: rows one after another, as a GPU likes them, instead of padded below one another; default: on a GPU."""
+    row stands there twice, each copy with its own dropout, the two side by side so that they share their experts."""
     device, passes = model.inv_freq.device, 2 if rdrop_alpha > 0 else 1
-    langs = [e.src_lang for e in examples], [e.tgt_lang for e in examples]
-    if device.type == "cuda" if packed is None else packed:
-        tokens, labels, at, lengths = concatenate(examples, passes)  # (1, T), (N,), (N, P)
-        lora = adapter(*langs, dtype, dropout, [passes * (len(e.ids) - 1) for e in examples])
-        hidden = model(tokens.to(device), lora, rows=Rows.of(lengths, device))  # (1, T, D)
-        before = hidden[0].index_select(0, at.flatten().to(device)).unflatten(0, at.shape)  # (T, D) -> (N*P, D) -> (N, P, D)
-        labels = labels.to(device)
-    else:
-        tokens, labels = (t.to(device) for t in collate(examples))  # (B, T)
-        is_target = labels != IGNORE  # (B, T), N of them in all: only these need the last layer and the head
-        wanted = is_target.int().argsort(descending=True, stable=True)[:, : is_target.sum(1).max()]  # (B, W)
-        hidden = model(tokens.repeat_interleave(passes, 0), adapter(*langs, dtype, dropout), wanted=wanted.repeat_interleave(passes, 0))  # (B*P, W, D)
-        labels, is_target = labels.gather(1, wanted), is_target.gather(1, wanted)
-        before = hidden.unflatten(0, (-1, passes)).transpose(1, 2)[is_target]  # (B*P, W, D) -> (B, P, W, D) -> (B, W, P, D) -> (N, P, D)
-        labels = labels[is_target]
+    tokens, labels, at, lengths = concatenate(examples, passes)  # (1, T), (N,), (N, P): no pads
+    lora = adapter([e.src_lang for e in examples], [e.tgt_lang for e in examples], dtype, dropout,
+                   counts=[passes * (len(e.ids) - 1) for e in examples], last=[passes * target_count(e) for e in examples])
+    hidden = model(tokens.to(device), lora, rows=Rows.of(lengths, device), wanted=at.view(1, -1).to(device))  # (1, N*P, D): only these need the last layer and the head
     weight, transposed = model.head_weights()
-    return head_loss(before, weight, labels, rdrop_alpha, transposed)
+    return head_loss(hidden.view(*at.shape, -1), weight, labels.to(device), rdrop_alpha, transposed)  # (1, N*P, D) -> (N, P, D)
 
 
 def denominator(examples, normalize):
@@ -63,9 +51,9 @@ def backward(model, adapter, batch, args, ranks, dtype):
     sums divided once by the batch's own M, and gradients are summed over micro-batches and ranks.
     """
     M = denominator(batch, args.normalize)
-    mine = sorted(batch, key=lambda e: len(e.ids))[ranks.rank :: ranks.world]  # similar lengths share a micro-batch
+    mine = sorted(batch, key=lambda e: len(e.ids))[ranks.rank :: ranks.world]  # as many tokens for every rank
     sums = torch.zeros(2, device=model.inv_freq.device)
-    for part in micro_batches(mine, args, padded=sums.device.type != "cuda"):
+    for part in micro_batches(sorted(mine, key=lambda e: (e.src_lang, e.tgt_lang)), args):  # rows of one expert side by side
         loss, nll, kl = forward_sums(model, adapter, part, dtype, args.rdrop_alpha, dropout=True)
         (loss / M).backward()
         sums += torch.stack((nll, kl))
@@ -134,12 +122,10 @@ def dev_router_load(model, adapter, examples, args, ranks, dtype):
     mine = sorted(examples, key=lambda e: len(e.ids))[ranks.rank :: ranks.world]
     for start in range(0, len(mine), args.micro_batch_size):
         part = mine[start : start + args.micro_batch_size]
-        tokens = collate(part)[0].to(model.inv_freq.device)  # (B, T)
-        lengths = torch.tensor([len(e.ids) - 1 for e in part], device=tokens.device)
+        tokens, _, _, lengths = concatenate(part, 1)  # (1, T)
         lora = adapter([e.src_lang for e in part], [e.tgt_lang for e in part], dtype)
-        model(tokens, lora)
-        load = router_load(lora, torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]).cpu()  # (B, n)
-        for row, example in zip(load, part):
+        model(tokens.to(model.inv_freq.device), lora, rows=Rows.of(lengths, model.inv_freq.device))
+        for row, example in zip(router_load(lora, lengths).cpu(), part):  # (n,)
             for side, lang in enumerate((example.src_lang, example.tgt_lang)):
                 totals[side, adapter.languages.index(lang)] += row
     totals = sum_over_ranks(totals, ranks, model.inv_freq.device)
@@ -182,8 +168,8 @@ def parse_args():
     parser.add_argument("--max-steps", type=int, help="stop after this many steps instead; for trials")
     parser.add_argument("--batch-size", type=int, default=32, help="effective batch: ranks x micro-batch x accumulation, whatever the passes (section A.1)")
     parser.add_argument("--micro-batch-size", type=int, default=4, help="rows of --max-length a rank and pass (section A.1)")
-    parser.add_argument("--micro-batch-tokens", type=int, help="tokens a rank and pass, pads included (a GPU has none); default: what --micro-batch-size rows of --max-length "
-                        "hold, so that more rows share a pass when they are short; 0: always --micro-batch-size rows")
+    parser.add_argument("--micro-batch-tokens", type=int, help="tokens a rank and pass, so that more rows share one when they are short; 0: always --micro-batch-size rows; "
+                        "default: on a GPU what --micro-batch-size rows of --max-length hold, on a CPU 2^20 / intermediate_size, since more outgrow its caches")
     parser.add_argument("--max-length", type=int, default=512, help="tokens a pair, longer ones are dropped (section A.1)")
     parser.add_argument("--keep", default="last", choices=["last", "best"], help="which epoch's adapter: the last, or the lowest dev loss")
     parser.add_argument("--save-every", type=int, default=200, help="steps between checkpoints")
@@ -195,12 +181,11 @@ def parse_args():
     args = parser.parse_args()
     args.out = args.out or f"runs/stage{args.stage}"
     args.epochs = {1: 3, 2: 2}[args.stage] if args.epochs is None else args.epochs
+    at_least(0, args, "micro_batch_tokens")
     at_least(1, args, "rank", "top_k", "epochs", "max_steps", "batch_size", "micro_batch_size", "max_length", "save_every", "log_every")
-    if args.micro_batch_tokens is None:
-        args.micro_batch_tokens = args.micro_batch_size * args.max_length
     if not 0 <= args.seed < 2**31:
         raise UserError(f"--seed {args.seed}: must lie in [0, 2147483648)")
-    for flag in ("micro_batch_tokens", "alpha", "rdrop_alpha", "lr", "weight_decay", "warmup_ratio", "max_grad_norm"):
+    for flag in ("alpha", "rdrop_alpha", "lr", "weight_decay", "warmup_ratio", "max_grad_norm"):
         if not 0 <= getattr(args, flag) < math.inf:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: can't be negative")
     if not 0 <= args.dropout < 1:
@@ -241,6 +226,7 @@ def main():
         raise UserError(f"{files[0]}: no training pair fits --max-length {args.max_length}")
 
     model = backbone.load(folder, device, dtype)
+    args.micro_batch_tokens = pass_tokens(args, model.cfg, device.type)
     fingerprint = model.fingerprint()
     torch.manual_seed(args.seed)
     adapter = CrossLoRA(model.cfg, languages, args.rank, args.alpha, args.dropout, args.adapter_type, args.groups, args.top_k)
@@ -275,7 +261,7 @@ def main():
         print(json.dumps({**config, **summary}, ensure_ascii=False))
         print(f"{parameters:,} trainable parameters, {parameters / sum(p.numel() for p in model.parameters()):.2%} of the backbone; {len(train)} pairs "
               f"({dropped} over {args.max_length} tokens dropped); batch {args.batch_size} = {ranks.world} processes x {args.micro_batch_size} x accumulation "
-              f"{args.batch_size // (ranks.world * args.micro_batch_size)}" + (f", fewer where {args.micro_batch_tokens} tokens hold more pairs" if args.micro_batch_tokens else "")
+              f"{args.batch_size // (ranks.world * args.micro_batch_size)}" + (f", or as many passes as {args.micro_batch_tokens} tokens in each take" if args.micro_batch_tokens else "")
               + f"; {total} steps" + (f"; resuming at step {step}" if step else ""), flush=True)
 
     model.pack(training=True)

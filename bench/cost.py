@@ -20,6 +20,7 @@ import model as backbone
 from data import LANGUAGES, encode
 from devices import Ranks, device_and_dtype
 from generate import Row, decode, decoding_order
+from plan import pass_tokens
 from train import backward
 
 
@@ -39,7 +40,8 @@ def main():
     rows = rows[: args.sentences]
     assert len(examples) == args.pairs <= len(rows), "a pair is too long, or --pairs is more than --sentences"
     prompts, limits = prompts_and_limits(tokenizer, rows)
-    settings = SimpleNamespace(micro_batch_size=4, micro_batch_tokens=2048, rdrop_alpha=0.1, normalize="tokens")
+    settings = SimpleNamespace(micro_batch_size=4, micro_batch_tokens=None, max_length=512, rdrop_alpha=0.1, normalize="tokens")
+    settings.micro_batch_tokens = pass_tokens(settings, cfg, device.type)
     hundred, rng = [f"l{i}" for i in range(100)], random.Random(0)
     adapters = {len(languages): random_adapter(cfg, languages, device) for languages in (LANGUAGES, hundred)}
     directions = {

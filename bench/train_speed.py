@@ -21,9 +21,26 @@ from common import Side, alternate, bench_parser, load_both, lower, machine, mat
 
 import model as backbone
 from crosslora import TARGET_MODULES
-from data import IGNORE, collate, encode, target_count
+from data import encode, target_count
 from devices import Ranks, device_and_dtype
+from plan import pass_tokens
 from train import backward
+
+
+IGNORE = -100  # label of a position that is not trained on (F.cross_entropy's convention)
+
+
+def collate(examples):
+    """Examples -> tokens (B, T) and labels (B, T), padded on the right. labels[b, t] is the token after tokens[b, t]
+    where that is a target token or the end of turn, else IGNORE: prompts and pads are never trained on."""
+    T = max(len(e.ids) for e in examples) - 1
+    tokens = torch.zeros(len(examples), T, dtype=torch.long)
+    labels = torch.full((len(examples), T), IGNORE)
+    for row, example in enumerate(examples):
+        ids = torch.from_numpy(example.ids).long()
+        tokens[row, : len(ids) - 1] = ids[:-1]
+        labels[row, example.prompt_length - 1 : len(ids) - 1] = ids[example.prompt_length :]
+    return tokens, labels
 
 
 def peer_backward(model, examples, micro_batch_size, tuned, alpha, device, dtype):
@@ -60,7 +77,7 @@ def peer_backward(model, examples, micro_batch_size, tuned, alpha, device, dtype
 def main():
     parser = bench_parser(__doc__)
     parser.add_argument("--pairs", type=int, default=32, help="the effective batch")
-    parser.add_argument("--micro-batch-size", type=int, default=4, help="of both peers; ours fills as many tokens as that many rows of 512 have")
+    parser.add_argument("--micro-batch-size", type=int, default=4, help="of both peers; ours cuts its passes by tokens, see train.py --micro-batch-tokens")
     parser.add_argument("--max-length", type=int, default=512, help="longer pairs are left out: four padded to 227 tokens take the usual peer 19 GB at M")
     parser.add_argument("--side", choices=["ours", "usual", "tuned"], help="be one side's process")
     args = parser.parse_args()
@@ -76,7 +93,8 @@ def main():
     rows, source = sentence_rows(args.shared, args.pairs)
     examples, _ = encode(tokenizer, rows, args.max_length)
 
-    settings = SimpleNamespace(micro_batch_size=args.micro_batch_size, micro_batch_tokens=512 * args.micro_batch_size, rdrop_alpha=0.1, normalize="tokens")
+    settings = SimpleNamespace(micro_batch_size=args.micro_batch_size, micro_batch_tokens=None, max_length=512, rdrop_alpha=0.1, normalize="tokens")
+    settings.micro_batch_tokens = pass_tokens(settings, cfg, device.type)
 
     def ours(batch=examples, dtype=dtype):
         adapter.zero_grad(set_to_none=True)

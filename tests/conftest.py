@@ -66,6 +66,13 @@ def randomise(adapter, seed=1):
     return adapter
 
 
+def update_alone(update, x, d_out):
+    """What one of crosslora.CrossLoRA's updates adds to a projection to `d_out` features: that of zeros."""
+    projection = backbone.Linear(x.shape[-1], d_out, bias=False).requires_grad_(False)
+    torch.nn.init.zeros_(projection.weight)
+    return update(projection, x)
+
+
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
     return make_checkpoint(tmp_path_factory.mktemp("checkpoint"))

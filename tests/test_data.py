@@ -5,12 +5,11 @@ from collections import Counter
 
 import numpy as np
 import pytest
-import torch
 
 import model as backbone
 from conftest import ROOT, inside, make_checkpoint, read_rows, refuses, run
 from corpora import read_aligned
-from data import FORMATS, IGNORE, LANGUAGES, Tokenizer, all_directions, collate, encode, epoch_order, prepare, read_jsonl
+from data import FORMATS, LANGUAGES, Tokenizer, all_directions, concatenate, encode, epoch_order, prepare, read_jsonl
 from files import UserError, claim, read_lines
 from scores import language_identifier
 
@@ -62,16 +61,20 @@ def test_plain_format_and_its_end(checkpoint, lm):
 
 def test_labels_are_the_target_and_its_end_only(tokenizer, sentences):
     examples, _ = encode(tokenizer, sentences)
-    tokens, labels = collate(examples[:8])
-    for row, (example, pair) in enumerate(zip(examples[:8], sentences)):
-        trained = labels[row][labels[row] != IGNORE].tolist()
-        assert trained[-1] == tokenizer.stop_ids[0]  # the model learns to stop
-        assert tokenizer.decode(trained[:-1]) == pair["tgt"]
-        length = len(example.ids) - 1
-        assert (labels[row, length:] == IGNORE).all()  # a pad is no end of turn
-        at = (labels[row] != IGNORE).nonzero().flatten()
-        assert at[0] == example.prompt_length - 1 and (at.diff() == 1).all()
-        assert tokens[row, 1:length].tolist() == example.ids[1:-1].tolist()
+    for copies in (1, 2):
+        (tokens,), labels, at, lengths = concatenate(examples[:8], copies)
+        assert lengths == [len(e.ids) - 1 for e in examples[:8] for _ in range(copies)] and sum(lengths) == len(tokens)
+        starts = [sum(lengths[:row]) for row in range(len(lengths))]
+        for example, pair in zip(examples[:8], sentences):
+            count = len(example.ids) - example.prompt_length
+            trained, labels, places, at = labels[:count].tolist(), labels[count:], at[:count], at[count:]
+            assert trained[-1] == tokenizer.stop_ids[0]  # the model learns to stop
+            assert tokenizer.decode(trained[:-1]) == pair["tgt"]
+            for copy in range(copies):
+                start = starts.pop(0)
+                assert tokens[start : start + len(example.ids) - 1].tolist() == example.ids[:-1].tolist()
+                assert places[:, copy].tolist() == list(range(start + example.prompt_length - 1, start + len(example.ids) - 1))  # each before its label
+        assert not len(labels) and not len(at) and not starts
 
 
 def test_pairs_over_the_maximum_length_are_dropped_and_counted(tokenizer, sentences):
@@ -239,12 +242,3 @@ def test_language_identifier_is_restricted(shared):
     with pytest.raises(UserError, match="does not know xx"):
         language_identifier(["en", "xx"])
     assert set(map(identify, ["Bonjour le monde", "Dobrý den", "x"])) <= set(LANGUAGES)
-
-
-def test_pads_have_their_own_positions(tokenizer, sentences):
-    """A shorter example beside a longer one keeps its own tokens and labels."""
-    examples, _ = encode(tokenizer, sentences)
-    short, long = min(examples, key=lambda e: len(e.ids)), max(examples, key=lambda e: len(e.ids))
-    alone, together = collate([short]), collate([long, short])
-    for a, b in zip(alone, together):
-        assert torch.equal(a[0], b[1, : a.shape[1]])

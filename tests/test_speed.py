@@ -13,32 +13,24 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 import kernels
 import model as backbone
-from conftest import ROOT, make_checkpoint, randomise
-from crosslora import CrossLoRA, kept
-from data import LANGUAGES
+from conftest import ROOT, make_checkpoint, randomise, update_alone
+from crosslora import CrossLoRA
+from data import LANGUAGES, concatenate, target_count
 from generate import Row, decode
-from kernels import linear
+from kernels import kept, linear
 from plan import micro_batches
 from test_train import close, one_process, setup
 from train import forward_sums
 
 
-def cost(runs, pass_cost):
-    return sum(len(run) * max(len(e.ids) for e in run) + pass_cost for run in runs)
-
-
-@pytest.mark.parametrize("limit, pass_cost", [(2048, 32), (60, 5), (25, 0), (1, 3)])
-def test_passes_are_the_cheapest_of_all_cuts(limit, pass_cost):
-    rows = [SimpleNamespace(ids=[0] * n) for n in sorted([3, 9, 4, 30, 8, 8, 21, 5, 12, 11])]
-    runs = micro_batches(rows, SimpleNamespace(micro_batch_tokens=limit), pass_cost)
-    assert list(itertools.chain(*runs[::-1])) == rows  # longest first: memory that does not suffice shows at once
-    every = []  # all cuts of ten rows
-    for cuts in itertools.product([False, True], repeat=len(rows) - 1):
-        edges = [0, *(i for i, cut in enumerate(cuts, 1) if cut), len(rows)]
-        every.append([rows[a:b] for a, b in zip(edges, edges[1:])])
-    fits = lambda run: len(run) == 1 or len(run) * max(len(e.ids) for e in run) <= limit  # a row longer than the limit is a pass of its own
-    assert all(fits(run) for run in runs)
-    assert cost(runs, pass_cost) == min(cost(cut, pass_cost) for cut in every if all(map(fits, cut)))
+@pytest.mark.parametrize("limit", [2048, 60, 25, 1])
+def test_passes_hold_as_many_tokens_as_they_may(limit):
+    rows = [SimpleNamespace(ids=[0] * n) for n in [3, 9, 4, 30, 8, 8, 21, 5, 12, 11]]
+    runs = micro_batches(rows, SimpleNamespace(micro_batch_tokens=limit))
+    tokens = lambda run: sum(len(e.ids) for e in run)
+    assert list(itertools.chain(*runs)) == rows
+    assert all(len(run) == 1 or tokens(run) <= limit for run in runs)  # a row longer than the limit is a pass of its own
+    assert all(tokens([*run, after[0]]) > limit for run, after in zip(runs, runs[1:]))
 
 
 def test_passes_of_rows():
@@ -67,18 +59,19 @@ def test_dropout_keeps_each_element_with_its_probability(p):
     assert not torch.equal(mask, kept(torch.empty(401, 999), p).bool())
 
 
-def test_dropout_leaves_the_expectation(lm):
+@pytest.mark.parametrize("together", [False, True])
+def test_dropout_leaves_the_expectation(lm, together):
     """The mean update over many masks is the update without dropout."""
     adapter = randomise(CrossLoRA(lm.cfg, list(LANGUAGES), rank=4, alpha=8, dropout=0.3))
     x = torch.randn(1, 3, lm.cfg.hidden_size).expand(4000, -1, -1)
-    exact = adapter(["de"] * 4000, ["zh"] * 4000)[0]["gate_proj"](x)[0]
     torch.manual_seed(1)
-    dropped = adapter(["de"] * 4000, ["zh"] * 4000, dropout=True)[0]["gate_proj"](x)
-    assert (dropped.mean(0) - exact).abs().max() < 6 * dropped.std(0).max() / 4000**0.5 and dropped.std(0).max() > 0
+    lora = (adapter(["de"] * 4000, ["zh"] * 4000, dropout=drops, counts=[3] * 4000, last=[3] * 4000, together=together)[0]["gate_proj"] for drops in (False, True))
+    exact, dropped = (update_alone(update, x, lm.cfg.intermediate_size) for update in lora)
+    assert (dropped.mean(0) - exact[0]).abs().max() < 6 * dropped.std(0).max() / 4000**0.5 and dropped.std(0).max() > 0
 
 
 @pytest.mark.parametrize("variant", ["crosslora", "lora", "molora-static", "groups", "molora-topk"])
-def test_grouped_rows_equal_gathered_rows(lm, variant):
+def test_grouped_rows_equal_rows_on_their_own(lm, variant):
     adapter = randomise(CrossLoRA(lm.cfg, list(LANGUAGES), rank=4, alpha=8, variant=variant))
     torch.manual_seed(2)
     every = [(s, t) for s in LANGUAGES for t in LANGUAGES if s != t]
@@ -87,36 +80,68 @@ def test_grouped_rows_equal_gathered_rows(lm, variant):
         src, tgt = zip(*directions)
         for a, b in zip(adapter(src, tgt), adapter.grouped(src, tgt)):
             for name in a:
-                x = torch.randn(len(src), 3, lm.cfg.intermediate_size if name == "down_proj" else lm.cfg.hidden_size)
-                assert torch.allclose(a[name](x), b[name](x), atol=1e-5) and a[name](x).abs().max() > 0.1
+                d_in, d_out = (lm.cfg.hidden_size, lm.cfg.intermediate_size)[:: -1 if name == "down_proj" else 1]
+                x = torch.randn(len(src), 3, d_in)
+                ours, theirs = (update_alone(update, x, d_out) for update in (a[name], b[name]))
+                assert torch.allclose(ours, theirs, atol=1e-5) and ours.abs().max() > 0.1
 
 
 @pytest.mark.parametrize("variant", ["crosslora", "lora", "shared-target", "molora-topk"])
-def test_rows_one_after_another_equal_rows_below_one_another(checkpoint, sentences, variant):
+def test_all_experts_for_all_tokens_equal_each_rows_own(checkpoint, sentences, variant):
     """As a GPU computes a pass: loss, gradients, and which experts have none."""
     lm, _, examples = setup(checkpoint, sentences)
     adapter, found = randomise(CrossLoRA(lm.cfg, list(LANGUAGES), rank=4, alpha=8, dropout=0.0, variant=variant)), []
     examples = [e for e in examples if "is" not in (e.src_lang, e.tgt_lang)][:7]
-    for alpha in (0.1, 0):
-        for packed in (False, True):
-            losses = forward_sums(lm, adapter, examples, torch.float32, alpha, dropout=True, packed=packed)
-            found.append((torch.stack(losses).detach(), torch.autograd.grad(losses[0], list(adapter.parameters()), allow_unused=True)))
-    for (loss, grads), (other, others) in (found[:2], found[2:]):
-        assert torch.allclose(loss, other, rtol=1e-4, atol=1e-4) and loss[1] > 1
-        for a, b in zip(grads, others):
-            assert (a is None) == (b is None) and (a is None or torch.allclose(a, b, rtol=1e-3, atol=1e-4 * float(a.abs().max())))
+    tokens, labels, at, lengths = concatenate(examples, 2)
+    for together in (False, True):
+        lora = adapter([e.src_lang for e in examples], [e.tgt_lang for e in examples], dropout=True, counts=[2 * (len(e.ids) - 1) for e in examples],
+                       last=[2 * target_count(e) for e in examples], together=together)
+        hidden = lm(tokens, lora, rows=kernels.Rows.of(lengths, "cpu"), wanted=at.view(1, -1))  # (1, N*P, D)
+        losses = kernels.head_loss(hidden.view(*at.shape, -1), lm.head_weights()[0], labels, 0.1)
+        found.append((torch.stack(losses).detach(), torch.autograd.grad(losses[0], list(adapter.parameters()), allow_unused=True)))
+    (loss, grads), (other, others) = found
+    assert torch.allclose(loss, other, rtol=1e-4, atol=1e-4) and loss[1] > 1
+    for a, b in zip(grads, others):
+        assert (a is None) == (b is None) and (a is None or torch.allclose(a, b, rtol=1e-3, atol=1e-4 * float(a.abs().max())))
     assert variant != "crosslora" or any(a is None for a in grads)
 
 
-def test_rows_one_after_another_draw_masks_of_their_own(checkpoint, sentences):
-    """Dropout makes R-Drop's copies differ, and leaves the expectation of the update as it is."""
-    lm, adapter, examples = setup(checkpoint, sentences, dropout=0.3)
+@pytest.mark.parametrize("lengths", [[5], [3, 3, 7, 1, 1, 1, 4, 3], [2] * 6])
+@pytest.mark.parametrize("groups", [4, 2])
+def test_attention_over_rows_equals_each_row_alone(lengths, groups):
     torch.manual_seed(0)
-    assert forward_sums(lm, adapter, examples[:4], torch.float32, 0.1, dropout=True, packed=True)[2] > 1e-3
-    x = torch.randn(1, 3, lm.cfg.hidden_size).expand(4000, -1, -1)
-    factors = (adapter(["de"] * 4000, ["zh"] * 4000, dropout=p, counts=[3] * 4000)[0]["gate_proj"](x) for p in (False, True))
-    exact, dropped = ((h @ B.t() * scale).view(4000, 3, -1) for h, B, scale in factors)  # (4000 * 3, D_out) -> (4000, 3, D_out)
-    assert (dropped.mean(0) - exact[0]).abs().max() < 6 * dropped.std(0).max() / 4000**0.5 and dropped.std(0).max() > 0
+    q, k, v = (torch.randn(1, heads, sum(lengths), 8, requires_grad=True) for heads in (4, groups, groups))
+    together = kernels.attention(q, k, v, rows=kernels.Rows.of(lengths, "cpu"))
+    alone = []
+    for one, two, three in zip(*(x.split(lengths, 2) for x in (q, k, v))):
+        two, three = (x.repeat_interleave(4 // groups, 1) for x in (two, three))
+        scores = one @ two.mT / 8**0.5 + torch.full((one.shape[2],) * 2, -torch.inf).triu(1)
+        alone.append(scores.softmax(-1) @ three)
+    alone, grad = torch.cat(alone, 2), torch.randn_like(together)
+    assert torch.allclose(together, alone, atol=1e-5)
+    for a, b in zip(*(torch.autograd.grad(y, (q, k, v), grad) for y in (together, alone))):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype, close", [(torch.float32, 1e-5), (torch.float64, 1e-12), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize("packs", [False, True])
+@pytest.mark.parametrize("drops", [False, True])
+def test_adapted_projection_is_a_loop_over_rows(dtype, close, packs, drops):
+    """Value and gradient; x needs none below the first adapter."""
+    torch.manual_seed(0)
+    a_sizes, b_sizes, scale = [4, 1, 9], [2, 12], 1.7
+    x, weight, bias, mask = torch.randn(14, 24, dtype=dtype), torch.randn(40, 24, dtype=dtype), torch.randn(40, dtype=dtype), torch.randint(0, 2, (14, 24), dtype=torch.int8)
+    A, B = [torch.randn(3, 24, dtype=dtype) for _ in range(2)], [torch.randn(40, 3, dtype=dtype) for _ in range(2)]
+    A, leaves = [A[0], A[1], A[0]], [x, *A, *B]  # one of the A's twice
+    weights, grad = (kernels.packed(weight), kernels.packed(weight.t())) if packs else (weight, None), torch.randn(14, 40, dtype=dtype)
+    for learns in (leaves, leaves[1:]):
+        for leaf in leaves:
+            leaf.requires_grad_(any(leaf is other for other in learns))
+        y = kernels.Adapted.apply(x, weights[0], bias, weights[1], mask if drops else None, scale, a_sizes, b_sizes, *A, *B)
+        plain = torch.stack([weight @ x[t] + bias + scale * (B[t >= 2] @ (A[0 if t < 4 else 1 if t < 5 else 2] @ (x[t] * mask[t] if drops else x[t]))) for t in range(14)])
+        assert torch.allclose(y, plain, atol=10 * close, rtol=10 * close)
+        for mine, theirs in zip(*(torch.autograd.grad(out, learns, grad) for out in (y, plain))):
+            assert torch.allclose(mine, theirs, atol=30 * close, rtol=30 * close)
 
 
 @pytest.mark.parametrize("dtype, close", [(torch.float32, 1e-5), (torch.float64, 1e-12), (torch.bfloat16, 3e-2)])

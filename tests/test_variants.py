@@ -8,11 +8,12 @@ import pytest
 import torch
 
 import model as backbone
-from conftest import ROOT, inside, randomise, read_rows, refuses, translate_batch
+from conftest import ROOT, inside, randomise, read_rows, refuses, translate_batch, update_alone
 from crosslora import GROUPS, ROUTES, TARGET_MODULES, CrossLoRA, export_peft, load_adapter, parse_groups, router_load, save_adapter
 from data import LANGUAGES
 from files import UserError, write_jsonl
 from generate import load_engine
+from kernels import Rows
 
 SRC, TGT = ["de", "en", "zh", "is"], ["zh", "is", "cs", "de"]
 STATIC = {  # written out by hand: experts of A and B for the directions above
@@ -39,7 +40,7 @@ def check_against(adapter, loop, lm):
             bank, d_in = banks[name], next(iter(banks[name].lora_A.values())).shape[1]
             x = torch.randn(4, 5, d_in, requires_grad=True)
             weight = torch.randn(4, 5, next(iter(bank.lora_B.values())).shape[0])
-            got, want = layer[name](x), torch.stack([loop(bank, row, x[row]) for row in range(4)])
+            got, want = update_alone(layer[name], x, weight.shape[-1]), torch.stack([loop(bank, row, x[row]) for row in range(4)])
             assert torch.allclose(got, want, atol=1e-4)
             leaves = [x, *bank.parameters()]
             ours = torch.autograd.grad((got * weight).sum(), leaves, retain_graph=True, allow_unused=True)
@@ -117,20 +118,18 @@ def test_groups_name_each_language_once():
             parse_groups(bad, list(LANGUAGES))
 
 
-def test_router_load_counts_the_tokens_that_matter(lm):
+def test_router_load_counts_the_tokens_of_each_row(lm):
     adapter = adapter_of(lm, "molora-topk", top_k=2)
-    tokens = torch.randint(0, lm.cfg.vocab_size, (4, 9))
-    counted = torch.arange(9) < torch.tensor([[9], [4], [1], [0]])
+    lengths = [9, 4, 1, 2]
     lora = adapter(SRC, TGT)
-    lm(tokens, lora)
-    load = router_load(lora, counted)
+    lm(torch.randint(0, lm.cfg.vocab_size, (1, 16)), lora, rows=Rows.of(lengths, "cpu"))
+    load = router_load(lora, lengths)
     want = torch.zeros(4, 6)
     for layer in lora:
         for update in layer.values():
-            for row in range(4):
-                for t in range(9):
-                    if counted[row, t]:
-                        want[row, (update.gates[row, t] > 0).nonzero().flatten()] += 1
+            for t in range(16):
+                row = 0 if t < 9 else 1 if t < 13 else 2 if t < 14 else 3
+                want[row, (update.gates[0, t] > 0).nonzero().flatten()] += 1
     assert torch.allclose(load * 2 * 3, want, atol=1e-4)  # two layers of three projections
 
 

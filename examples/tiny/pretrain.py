@@ -23,10 +23,11 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import model as backbone  # noqa: E402
-from data import IGNORE, LANGUAGES, PROMPT, read_flores, read_opus  # noqa: E402
+from data import LANGUAGES, PROMPT, read_flores, read_opus  # noqa: E402
 from files import UserError, claim, file_sha256, run_main, write_atomic  # noqa: E402
 from world import PHRASE, meanings, parts, sentence  # noqa: E402
 
+IGNORE = -100  # label of a position that is not trained on (F.cross_entropy's convention)
 CONTROL = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
          r"\s*[\r\n]+|\s+(?!\S)|\s+")  # Llama-3's
