@@ -20,17 +20,23 @@ def pass_tokens(args, cfg, device):
 
 
 def micro_batches(rows, args):
-    """Cut `rows` into one rank's passes: as many in a row as --micro-batch-tokens tokens hold, or --micro-batch-size where that is 0."""
+    """Cut `rows` into one rank's passes: as few as hold at most --micro-batch-tokens tokens each, as even as these can be, or
+    --micro-batch-size rows each where that is 0."""
     if not args.micro_batch_tokens:
         return [rows[i : i + args.micro_batch_size] for i in range(0, len(rows), args.micro_batch_size)]
-    passes, room = [], 0
-    for row in rows:
-        if len(row.ids) > room:
-            passes.append([])
-            room = args.micro_batch_tokens
-        passes[-1].append(row)
-        room -= len(row.ids)
-    return passes
+
+    def cut(most):
+        passes, room = [], 0
+        for row in rows:
+            if len(row.ids) > room:
+                passes.append([])
+                room = most
+            passes[-1].append(row)
+            room -= len(row.ids)
+        return passes
+
+    fewest = len(cut(args.micro_batch_tokens))
+    return next(passes for most in range(1, args.micro_batch_tokens + 1) if len(passes := cut(most)) == fewest)
 
 
 def saved_bytes(cfg, rows, tokens, targets, element):

@@ -24,13 +24,17 @@ from train import forward_sums
 
 
 @pytest.mark.parametrize("limit", [2048, 60, 25, 1])
-def test_passes_hold_as_many_tokens_as_they_may(limit):
+def test_passes_are_the_evenest_of_the_fewest(limit):
     rows = [SimpleNamespace(ids=[0] * n) for n in [3, 9, 4, 30, 8, 8, 21, 5, 12, 11]]
     runs = micro_batches(rows, SimpleNamespace(micro_batch_tokens=limit))
-    tokens = lambda run: sum(len(e.ids) for e in run)
     assert list(itertools.chain(*runs)) == rows
-    assert all(len(run) == 1 or tokens(run) <= limit for run in runs)  # a row longer than the limit is a pass of its own
-    assert all(tokens([*run, after[0]]) > limit for run, after in zip(runs, runs[1:]))
+    every = []  # all cuts of ten rows
+    for cuts in itertools.product([False, True], repeat=len(rows) - 1):
+        edges = [0, *(i for i, cut in enumerate(cuts, 1) if cut), len(rows)]
+        every.append([rows[a:b] for a, b in zip(edges, edges[1:])])
+    most = lambda cut: max(sum(len(e.ids) for e in run) for run in cut)
+    fits = [cut for cut in every if all(len(run) == 1 or most([run]) <= limit for run in cut)]  # a row longer than the limit is a pass of its own
+    assert runs in fits and (len(runs), most(runs)) == min((len(cut), most(cut)) for cut in fits)
 
 
 def test_passes_of_rows():
