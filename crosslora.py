@@ -110,7 +110,7 @@ class EveryExpert:
         flat = x.flatten(0, -2)  # (..., D_in) -> (N, D_in)
         h = F.linear(F.dropout(flat, self.dropout, training=self.dropout > 0), self.A)  # (N, D_in) x (D_in, n*R) -> (N, n*R)
         h = h.gather(1, self.own) * self.mask  # (N, n*R) -> (N, m*R)
-        y = F.linear(flat, projection.weight, projection.bias).addmm_(h, self.B.t(), alpha=self.scale)  # eq. 4: (N, m*R) x (m*R, D_out)
+        y = F.linear(flat, projection.weight, projection.bias).addmm_(h, self.B.t(), alpha=self.scale)  # eqs. 1, 4: (N, m*R) x (m*R, D_out)
         return y.view(*x.shape[:-1], -1)  # (N, D_out) -> (..., D_out)
 
 
@@ -206,15 +206,15 @@ class CrossLoRA(nn.Module):
         """The experts of each row: a list over layers of {projection: PerRow, EveryExpert or RoutedLowRank}.
 
         src_langs, tgt_langs: B language codes. dtype: that of the backbone's activations. Gradients reach the
-        experts present and no others. counts, last: how many tokens of each row stand one after another in every layer but the last, and in
-        the last; without them the rows are of one length, whatever it is. together: EveryExpert, which needs them; default: where it can on a GPU.
+        experts present and no others. counts: how many tokens of each row stand one after another, and last: how many of them in the last layer,
+        if not all; without counts the rows are of one length, whatever it is. together: EveryExpert, which needs counts; default: on a GPU, with counts.
         """
-        scale, p = self.alpha / self.rank, self.dropout if dropout else 0.0
+        scale, p, last = self.alpha / self.rank, self.dropout if dropout else 0.0, last or counts
         if self.learned:
             every = lambda experts: torch.stack(list(experts.values())).to(dtype)  # (n, M, N)
             return self._each_bank(lambda bank: RoutedLowRank(every(bank.lora_A), every(bank.lora_B), bank.router, self.top_k, scale, p))
         routes = [self.route(s, t) for s, t in zip(src_langs, tgt_langs, strict=True)]
-        if counts is not None and next(self.parameters()).is_cuda if together is None else together:
+        if together or together is None and counts is not None and next(self.parameters()).is_cuda:
             present = [sorted(set(side)) for side in zip(*routes)]
             stacked, everywhere, there = self.stacked(dtype, present), *(self.places(src_langs, tgt_langs, n, dtype, present) for n in (counts, last))
             return self.by_token(stacked[:-1], everywhere, dropout) + self.by_token(stacked[-1:], there, dropout)
@@ -252,7 +252,7 @@ class CrossLoRA(nn.Module):
         return [{name: EveryExpert(*experts, *places, self.alpha / self.rank, self.dropout if dropout else 0.0) for name, experts in layer.items()} for layer in stacked]
 
     def _each_bank(self, update, layers=None):
-        return [{name: update(bank) for name, bank in layer.items()} for layer in layers or self.layers]
+        return [{name: update(bank) for name, bank in layer.items()} for layer in (self.layers if layers is None else layers)]
 
     def describe(self, backbone_name, fingerprint, prompt_format, tokenizer_sha256, seed, steps):
         """The content of adapter.json: all that is needed to rebuild the adapter and to refuse a wrong backbone."""

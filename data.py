@@ -1,4 +1,4 @@
-"""Languages, prompt, corpora and batches (paper sections 4.1 and A.2). B batch rows, T tokens.
+"""Languages, prompt, corpora and batches (paper sections 4.1 and A.2). T tokens, N target tokens.
 
     python data.py --out data --source publisher    # fetch OPUS-100 and FLORES-200 into corpora/, then write Table 5's files
     python data.py --out data --data corpora        # the same from a folder that holds them as published

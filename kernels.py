@@ -1,7 +1,7 @@
 """The pieces of arithmetic that decide the speed; tests hold each against plain torch.
 
-N target tokens, P passes (R-Drop has two), D hidden, V vocabulary; a weight is (D_out, D_in). In attention B batch rows,
-H query heads, G key/value heads, W queries and S keys a row, K head dimension.
+N tokens (of the loss: target tokens), P passes (R-Drop has two), D hidden, R rank, V vocabulary; a weight is (D_out, D_in). In
+attention B batch rows, H query heads, G key/value heads, W queries and S keys a row, K head dimension.
 """
 
 import itertools
@@ -67,48 +67,51 @@ def kept(x, p):
     a quarter of the time that torch's generator takes on a CPU."""
     bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None)
     mask = bits.view(torch.int16)[: x.numel()].view(x.shape) >= min(round(p * 2**16), 2**16 - 1) - 2**15
-    return mask.view(torch.int8)  # a product with bool takes three times as long
+    return mask.view(torch.int8)
 
 
 class Adapted(torch.autograd.Function):
-    """Eqs. 1 and 4 for N tokens of rows that stand one after another: W_0 x + bias + scale * B_tgt A_src (x * mask). By runs of tokens that
-    share an expert, so that none is copied, and what one operation leaves in the cache is there for the next."""
+    """Eqs. 1 and 4 for N tokens of rows that stand one after another: W_0 x + bias + scale * B_tgt A_src (x * mask), with derivatives by x
+    and the experts. By runs of tokens that share an expert, so that none is copied, and what one operation leaves in the cache is
+    there for the next."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, transposed, mask, scale, a_sizes, b_sizes, *experts):
-        """x (N, D_in); weight (D_out, D_in) and its transpose, packed or not; mask (N, D_in) int8 or None; a_sizes, b_sizes: numbers of
+        """x (N, D_in); weight (D_out, D_in) and transposed as in linear; mask (N, D_in) int8 or None; a_sizes, b_sizes: numbers of
         tokens, N in all, that share an A (R, D_in) or a B (D_out, R); experts: these A's, then these B's."""
         A, B = experts[: len(a_sizes)], experts[len(a_sizes) :]
-        y, h = product(x, weight, bias), x.new_empty(len(x), A[0].shape[0])  # (N, D_out), (N, R)
-        for x_run, m, A_run, h_run in zip(x.split(a_sizes), parts(mask, a_sizes), A, h.split(a_sizes)):
+        y, h = product(x, weight, bias), x.new_empty(len(x), A[0].shape[0])  # eq. 1, W_0 x: (N, D_in) x (D_in, D_out) -> (N, D_out); (N, R)
+        for x_run, m, A_run, h_run in zip(x.split(a_sizes), split_or_none(mask, a_sizes), A, h.split(a_sizes)):
             x_run = x_run if m is None else m.to(x.dtype).mul_(x_run)  # the product with int8 itself would make two tensors
             torch.mm(x_run, A_run.t(), out=h_run)  # (n, D_in) x (D_in, R)
         h *= scale
         for y_run, h_run, B_run in zip(y.split(b_sizes), h.split(b_sizes), B):
             y_run.addmm_(h_run, B_run.t())  # eq. 4: (n, R) x (R, D_out)
         ctx.save_for_backward(x, mask, h, *experts)
-        ctx.others = weight.t() if transposed is None else transposed, scale, a_sizes, b_sizes
+        ctx.others = weight, transposed, scale, a_sizes, b_sizes
         return y
 
     @staticmethod
     def backward(ctx, grad):
-        (x, mask, h, *experts), (transposed, scale, a_sizes, b_sizes) = ctx.saved_tensors, ctx.others
+        (x, mask, h, *experts), (weight, transposed, scale, a_sizes, b_sizes) = ctx.saved_tensors, ctx.others
         A, B, by_A, by_B, by_h = experts[: len(a_sizes)], experts[len(a_sizes) :], [], [], torch.empty_like(h)
         for grad_run, h_run, B_run, by_h_run in zip(grad.split(b_sizes), h.split(b_sizes), B, by_h.split(b_sizes)):
             torch.mm(grad_run, B_run, out=by_h_run)  # (n, D_out) x (D_out, R)
             by_B.append(grad_run.t() @ h_run)  # (D_out, n) x (n, R)
         by_h *= scale
-        by_x = product(grad, transposed) if ctx.needs_input_grad[0] else None  # none below the first adapter
-        for x_run, m, A_run, by_h_run, by_x_run in zip(x.split(a_sizes), parts(mask, a_sizes), A, by_h.split(a_sizes), parts(by_x, a_sizes)):
+        by_x = None
+        if ctx.needs_input_grad[0]:  # not below the first adapter
+            by_x = product(grad, weight.t() if transposed is None else transposed)  # (N, D_out) x (D_out, D_in) -> (N, D_in)
+        for x_run, m, A_run, by_h_run, by_x_run in zip(x.split(a_sizes), split_or_none(mask, a_sizes), A, by_h.split(a_sizes), split_or_none(by_x, a_sizes)):
             m = None if m is None else m.to(x.dtype)
-            by_A.append(by_h_run.t() @ (x_run if m is None else x_run * m))  # (R, n) x (n, D_in)
             if by_x is not None:
                 below = by_h_run @ A_run  # (n, R) x (R, D_in)
                 by_x_run += below if m is None else below.mul_(m)
+            by_A.append(by_h_run.t() @ (x_run if m is None else m.mul_(x_run)))  # (R, n) x (n, D_in)
         return by_x, *[None] * 7, *by_A, *by_B
 
 
-def parts(x, sizes):
+def split_or_none(x, sizes):
     return [None] * len(sizes) if x is None else x.split(sizes)
 
 
@@ -179,7 +182,8 @@ def attention(q, k, v, mask=None, rows=None):
     some = zip(*(x[0].split([length * count for length, count in runs], dim=1) for x in (q, k, v)))
     below = lambda x, count: x.unflatten(1, (count, -1)).transpose(0, 1)  # (H, n*L, K) -> (H, n, L, K) -> (n, H, L, K)
     each = [F.scaled_dot_product_attention(*(below(x, count) for x in run), is_causal=True, **gqa) for run, (_, count) in zip(some, runs)]
-    return torch.cat([y.transpose(0, 1).flatten(1, 2) for y in each], dim=1)[None]  # (n, H, L, K) -> (H, n, L, K) -> (H, n*L, K)
+    each = [y.transpose(1, 2).flatten(0, 1) for y in each]  # (n, H, L, K) -> (n, L, H, K) -> (n*L, H, K): so they lie in memory already
+    return torch.cat(each).transpose(0, 1)[None]  # (S, H, K) -> (1, H, S, K)
 
 
 class Recorded:

@@ -1,5 +1,6 @@
-"""What a training run will be, from config.json alone: parameters, steps, tokens, memory (train.py --dry-run)."""
+"""How a batch is cut into passes; what a run will be, from config.json alone: parameters, steps, tokens, memory (train.py --dry-run)."""
 
+import bisect
 import math
 from pathlib import Path
 
@@ -35,16 +36,16 @@ def micro_batches(rows, args):
             room -= len(row.ids)
         return passes
 
-    fewest = len(cut(args.micro_batch_tokens))
-    return next(passes for most in range(1, args.micro_batch_tokens + 1) if len(passes := cut(most)) == fewest)
+    limits = range(args.micro_batch_tokens + 1)
+    return cut(bisect.bisect_left(limits, -len(cut(limits[-1])), key=lambda most: -len(cut(most))))  # the least limit that needs no pass more
 
 
 def saved_bytes(cfg, rows, tokens, targets, element):
     """Estimate of what one micro-batch keeps for its backward pass, in bytes: `rows` (R-Drop's copies included) of
     `tokens` each, `targets` in all, activations of `element` bytes.
 
-    A layer keeps two norm inputs and what makes fp32 of them (at most), attention's q, k, v and output, the dropped inputs of three LoRA branches with
-    their masks, and SwiGLU's two factors; the last layer keeps for all tokens what it has up to its attention, the rest for targets; frozen
+    A layer keeps two norm inputs and what makes fp32 of them (at most), attention's q, k, v and output, the inputs of three LoRA branches (on a GPU
+    dropped ones, on a CPU two are one) with their masks, and SwiGLU's two factors; the last layer keeps for all tokens what it has up to its attention, the rest for targets; frozen
     projections keep nothing. The loss keeps a gradient of its states.
     """
     D, F_, heads = cfg.hidden_size, cfg.intermediate_size, 2 * (cfg.num_attention_heads + cfg.num_key_value_heads) * cfg.head_dim

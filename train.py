@@ -4,7 +4,7 @@
     torchrun --nproc_per_node=2 train.py --stage 2 --data data --pseudo runs/pseudo --out runs/stage2
 
 Plain `python train.py` is the same run in one process. The same command again resumes from the last checkpoint.
-B micro-batch rows, P passes, T tokens, N target tokens, D hidden.
+P passes, T tokens, N target tokens, D hidden; B rows, n experts of a learned router.
 """
 
 import argparse
@@ -34,9 +34,13 @@ def forward_sums(model, adapter, examples, dtype, rdrop_alpha, dropout):
     tokens, labels, at, lengths = concatenate(examples, passes)  # (1, T), (N,), (N, P): no pads
     lora = adapter([e.src_lang for e in examples], [e.tgt_lang for e in examples], dtype, dropout,
                    counts=[passes * (len(e.ids) - 1) for e in examples], last=[passes * target_count(e) for e in examples])
-    hidden = model(tokens.to(device), lora, rows=Rows.of(lengths, device), wanted=at.view(1, -1).to(device))  # (1, N*P, D): only these need the last layer and the head
+    hidden = model(tokens.to(device), lora, rows=Rows.of(lengths, device), wanted=at.view(1, -1).to(device))  # at (N, P) -> (1, N*P); (1, N*P, D): only these need the last layer and the head
     weight, transposed = model.head_weights()
     return head_loss(hidden.view(*at.shape, -1), weight, labels.to(device), rdrop_alpha, transposed)  # (1, N*P, D) -> (N, P, D)
+
+
+def direction(example):
+    return example.src_lang, example.tgt_lang
 
 
 def denominator(examples, normalize):
@@ -51,9 +55,9 @@ def backward(model, adapter, batch, args, ranks, dtype):
     sums divided once by the batch's own M, and gradients are summed over micro-batches and ranks.
     """
     M = denominator(batch, args.normalize)
-    mine = sorted(batch, key=lambda e: len(e.ids))[ranks.rank :: ranks.world]  # as many tokens for every rank
+    mine = sorted(batch, key=lambda e: len(e.ids))[ranks.rank :: ranks.world]  # about as many tokens for every rank
     sums = torch.zeros(2, device=model.inv_freq.device)
-    for part in micro_batches(sorted(mine, key=lambda e: (e.src_lang, e.tgt_lang)), args):  # rows of one expert side by side
+    for part in micro_batches(sorted(mine, key=direction), args):  # rows of one expert side by side
         loss, nll, kl = forward_sums(model, adapter, part, dtype, args.rdrop_alpha, dropout=True)
         (loss / M).backward()
         sums += torch.stack((nll, kl))
@@ -101,7 +105,7 @@ def evaluate_dev(model, adapter, examples, args, ranks, dtype):
         rows = [e for e in ordered if group_of(e.src_lang, e.tgt_lang) == group]
         size = 2 * args.micro_batch_size
         for index in range(ranks.rank * size, len(rows), ranks.world * size):
-            part = rows[index : index + size]
+            part = sorted(rows[index : index + size], key=direction)
             torch.manual_seed(index)  # the same masks at every evaluation
             nll = forward_sums(model, adapter, part, dtype, 0, dropout=False)[1]
             kl = forward_sums(model, adapter, part, dtype, args.rdrop_alpha, dropout=True)[2] if args.rdrop_alpha > 0 else 0.0
@@ -167,7 +171,7 @@ def parse_args():
     parser.add_argument("--epochs", type=int, help="default: Stage 1 3, Stage 2 2 (section A.1)")
     parser.add_argument("--max-steps", type=int, help="stop after this many steps instead; for trials")
     parser.add_argument("--batch-size", type=int, default=32, help="effective batch: ranks x micro-batch x accumulation, whatever the passes (section A.1)")
-    parser.add_argument("--micro-batch-size", type=int, default=4, help="rows of --max-length a rank and pass (section A.1)")
+    parser.add_argument("--micro-batch-size", type=int, default=4, help="rows of --max-length a rank and pass, where --micro-batch-tokens says nothing else (section A.1)")
     parser.add_argument("--micro-batch-tokens", type=int, help="tokens a rank and pass, so that more rows share one when they are short; 0: always --micro-batch-size rows; "
                         "default: on a GPU what --micro-batch-size rows of --max-length hold, on a CPU 2^20 / intermediate_size, since more outgrow its caches")
     parser.add_argument("--max-length", type=int, default=512, help="tokens a pair, longer ones are dropped (section A.1)")

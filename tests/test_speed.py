@@ -90,24 +90,46 @@ def test_grouped_rows_equal_rows_on_their_own(lm, variant):
                 assert torch.allclose(ours, theirs, atol=1e-5) and ours.abs().max() > 0.1
 
 
-@pytest.mark.parametrize("variant", ["crosslora", "lora", "shared-target", "molora-topk"])
+def losses_of(lm, adapter, examples, together):
+    """What train.forward_sums computes, on experts as a CPU or (`together`) a GPU takes them."""
+    tokens, labels, at, lengths = concatenate(examples, 2)
+    lora = adapter([e.src_lang for e in examples], [e.tgt_lang for e in examples], dropout=True, counts=[2 * (len(e.ids) - 1) for e in examples],
+                   last=[2 * target_count(e) for e in examples], together=together)
+    hidden = lm(tokens, lora, rows=kernels.Rows.of(lengths, "cpu"), wanted=at.view(1, -1))  # (N, P) -> (1, N*P); (1, N*P, D)
+    return kernels.head_loss(hidden.view(*at.shape, -1), lm.head_weights()[0], labels, 0.1)  # (1, N*P, D) -> (N, P, D)
+
+
+@pytest.mark.parametrize("variant", ["crosslora", "lora", "shared-target"])
 def test_all_experts_for_all_tokens_equal_each_rows_own(checkpoint, sentences, variant):
     """As a GPU computes a pass: loss, gradients, and which experts have none."""
     lm, _, examples = setup(checkpoint, sentences)
     adapter, found = randomise(CrossLoRA(lm.cfg, list(LANGUAGES), rank=4, alpha=8, dropout=0.0, variant=variant)), []
     examples = [e for e in examples if "is" not in (e.src_lang, e.tgt_lang)][:7]
-    tokens, labels, at, lengths = concatenate(examples, 2)
     for together in (False, True):
-        lora = adapter([e.src_lang for e in examples], [e.tgt_lang for e in examples], dropout=True, counts=[2 * (len(e.ids) - 1) for e in examples],
-                       last=[2 * target_count(e) for e in examples], together=together)
-        hidden = lm(tokens, lora, rows=kernels.Rows.of(lengths, "cpu"), wanted=at.view(1, -1))  # (1, N*P, D)
-        losses = kernels.head_loss(hidden.view(*at.shape, -1), lm.head_weights()[0], labels, 0.1)
+        losses = losses_of(lm, adapter, examples, together)
         found.append((torch.stack(losses).detach(), torch.autograd.grad(losses[0], list(adapter.parameters()), allow_unused=True)))
     (loss, grads), (other, others) = found
     assert torch.allclose(loss, other, rtol=1e-4, atol=1e-4) and loss[1] > 1
     for a, b in zip(grads, others):
         assert (a is None) == (b is None) and (a is None or torch.allclose(a, b, rtol=1e-3, atol=1e-4 * float(a.abs().max())))
     assert variant != "crosslora" or any(a is None for a in grads)
+    adapter.dropout = 0.3
+    assert losses_of(lm, adapter, examples, together)[2] > 1e-3  # R-Drop's copies differ
+
+
+@pytest.mark.parametrize("variant", ["crosslora", "molora-topk"])
+@pytest.mark.parametrize("layers", [1, 2])
+def test_rows_one_after_another_are_rows_alone(tmp_path, sentences, variant, layers):
+    """One layer, too, which is the first and the last at once."""
+    lm, _, examples = setup(make_checkpoint(tmp_path, num_hidden_layers=layers), sentences)
+    adapter, examples = randomise(CrossLoRA(lm.cfg, list(LANGUAGES), rank=4, alpha=8, dropout=0.0, variant=variant)), examples[:7]
+    for alpha in (0.1, 0):
+        together = forward_sums(lm, adapter, examples, torch.float32, alpha, dropout=True)
+        alone = [lm.head(lm(torch.tensor(e.ids[None, :-1]), adapter([e.src_lang], [e.tgt_lang])))[0].log_softmax(-1) for e in examples]  # (T, V)
+        alone = -sum(logp[t - 1, e.ids[t]] for logp, e in zip(alone, examples) for t in range(e.prompt_length, len(e.ids)))
+        assert torch.allclose(together[0], alone, rtol=1e-4)
+        for a, b in zip(*(torch.autograd.grad(loss, list(adapter.parameters()), allow_unused=True) for loss in (together[0], alone))):
+            assert (a is None) == (b is None) and (a is None or torch.allclose(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max())))
 
 
 @pytest.mark.parametrize("lengths", [[5], [3, 3, 7, 1, 1, 1, 4, 3], [2] * 6])
@@ -130,19 +152,20 @@ def test_attention_over_rows_equals_each_row_alone(lengths, groups):
 @pytest.mark.parametrize("dtype, close", [(torch.float32, 1e-5), (torch.float64, 1e-12), (torch.bfloat16, 3e-2)])
 @pytest.mark.parametrize("packs", [False, True])
 @pytest.mark.parametrize("drops", [False, True])
-def test_adapted_projection_is_a_loop_over_rows(dtype, close, packs, drops):
-    """Value and gradient; x needs none below the first adapter."""
+def test_adapted_projection_is_a_loop_over_tokens(dtype, close, packs, drops):
+    """Value and gradient, of a bias where nothing is dropped, too; x needs no gradient below the first adapter."""
     torch.manual_seed(0)
     a_sizes, b_sizes, scale = [4, 1, 9], [2, 12], 1.7
     x, weight, bias, mask = torch.randn(14, 24, dtype=dtype), torch.randn(40, 24, dtype=dtype), torch.randn(40, dtype=dtype), torch.randint(0, 2, (14, 24), dtype=torch.int8)
     A, B = [torch.randn(3, 24, dtype=dtype) for _ in range(2)], [torch.randn(40, 3, dtype=dtype) for _ in range(2)]
     A, leaves = [A[0], A[1], A[0]], [x, *A, *B]  # one of the A's twice
-    weights, grad = (kernels.packed(weight), kernels.packed(weight.t())) if packs else (weight, None), torch.randn(14, 40, dtype=dtype)
+    weights, grad = (kernels.packed(weight), kernels.packed(weight.t())) if packs else (weight, None), torch.randn(40, 14, dtype=dtype).t()
+    bias = None if drops else bias
     for learns in (leaves, leaves[1:]):
         for leaf in leaves:
             leaf.requires_grad_(any(leaf is other for other in learns))
         y = kernels.Adapted.apply(x, weights[0], bias, weights[1], mask if drops else None, scale, a_sizes, b_sizes, *A, *B)
-        plain = torch.stack([weight @ x[t] + bias + scale * (B[t >= 2] @ (A[0 if t < 4 else 1 if t < 5 else 2] @ (x[t] * mask[t] if drops else x[t]))) for t in range(14)])
+        plain = torch.stack([weight @ x[t] + (0 if drops else bias) + scale * (B[t >= 2] @ (A[0 if t < 4 else 1 if t < 5 else 2] @ (x[t] * mask[t] if drops else x[t]))) for t in range(14)])
         assert torch.allclose(y, plain, atol=10 * close, rtol=10 * close)
         for mine, theirs in zip(*(torch.autograd.grad(out, learns, grad) for out in (y, plain))):
             assert torch.allclose(mine, theirs, atol=30 * close, rtol=30 * close)
