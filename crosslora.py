@@ -103,7 +103,7 @@ class EveryExpert:
     A (n*R, D_in), B (D_out, m*R); own (N, m*R): the columns of A_src x, again for each of B's experts, and mask (N, m*R): 1 where it is B_tgt, else 0.
     """
 
-    def __init__(self, A, B, own, mask, scale, dropout=0.0):
+    def __init__(self, A, B, own, mask, scale, dropout):
         self.A, self.B, self.own, self.mask, self.scale, self.dropout = A, B, own, mask, scale, dropout
 
     def __call__(self, projection, x):
@@ -218,9 +218,10 @@ class CrossLoRA(nn.Module):
             present = [sorted(set(side)) for side in zip(*routes)]
             stacked, everywhere, there = self.stacked(dtype, present), *(self.places(src_langs, tgt_langs, n, dtype, present) for n in (counts, last))
             return self.by_token(stacked[:-1], everywhere, dropout) + self.by_token(stacked[-1:], there, dropout)
-        per_row = lambda bank, counts: PerRow(bank, *(runs(names, counts or [1] * len(routes)) for names in zip(*routes)), scale, p, dtype)
+        everywhere, there = ([runs(names, n or [1] * len(routes)) for names in zip(*routes)] for n in (counts, last))
         *others, end = self.layers
-        return self._each_bank(lambda bank: per_row(bank, counts), others) + self._each_bank(lambda bank: per_row(bank, last), [end])
+        return (self._each_bank(lambda bank: PerRow(bank, *everywhere, scale, p, dtype), others)
+                + self._each_bank(lambda bank: PerRow(bank, *there, scale, p, dtype), [end]))
 
     def grouped(self, src_langs, tgt_langs, dtype=torch.float32):
         """As forward without dropout, for decoding: {projection: LowRank}."""

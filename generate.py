@@ -103,9 +103,10 @@ def decode(lm, adapter, dtype, queue, stop_ids, batch_size):
     def experts(rows, T=1):
         """(places, lora) for `rows` of T tokens; places are () if lora is bound to them."""
         langs = [row.src_lang for row in rows], [row.tgt_lang for row in rows]
-        if stacked is None:
-            make = adapter if adapter is None or T > 1 else adapter.grouped  # a prompt's tokens are enough for products of their own
-            return (), every or make and make(*langs, dtype)
+        if adapter is None or every is not None:
+            return (), every
+        if stacked is None:  # a prompt's tokens are enough for products of their own
+            return (), (adapter if T > 1 else adapter.grouped)(*langs, dtype)
         places = adapter.places(*langs, [T] * len(rows), dtype)
         return places, adapter.by_token(stacked, places)
 

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import peft
 import torch
@@ -23,6 +24,7 @@ import model as backbone  # noqa: E402
 from crosslora import TARGET_MODULES, CrossLoRA  # noqa: E402
 from data import LANGUAGES, PIVOT, Tokenizer, read_flores, read_opus  # noqa: E402
 from kernels import product  # noqa: E402
+from plan import pass_tokens  # noqa: E402
 
 SIZES = {  # XS is for the tests; S; M: Qwen2.5-0.5B's shape; L: Llama-3-8B's
     "XS": dict(kind="qwen2", tokenizer="none", vocab_size=4000, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
@@ -97,6 +99,13 @@ def random_adapter(cfg, languages, device):
         if "lora_B" in name:
             torch.nn.init.normal_(p, std=0.01)  # at B = 0 R-Drop's two passes are equal and the KL has nothing to compute
     return adapter
+
+
+def training_settings(cfg, device, micro_batch_size=4):
+    """What train.backward reads of its arguments, at the paper's values."""
+    settings = SimpleNamespace(micro_batch_size=micro_batch_size, micro_batch_tokens=None, max_length=512, rdrop_alpha=0.1, normalize="tokens")
+    settings.micro_batch_tokens = pass_tokens(settings, cfg, device.type)
+    return settings
 
 
 def prompts_and_limits(tokenizer, rows):

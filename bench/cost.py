@@ -10,17 +10,15 @@ without the optimizer, whose work grows with the experts a batch uses. Prints on
 import itertools
 import random
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 
-from common import alternate, bench_parser, load_both, lower, machine, make_checkpoint, prompts_and_limits, random_adapter, ratios, report, sentence_rows, tokenizer_of
+from common import alternate, bench_parser, load_both, lower, machine, make_checkpoint, prompts_and_limits, random_adapter, ratios, report, sentence_rows, tokenizer_of, training_settings
 
 import model as backbone
 from data import LANGUAGES, encode
 from devices import Ranks, device_and_dtype
 from generate import Row, decode, decoding_order
-from plan import pass_tokens
 from train import backward
 
 
@@ -40,8 +38,7 @@ def main():
     rows = rows[: args.sentences]
     assert len(examples) == args.pairs <= len(rows), "a pair is too long, or --pairs is more than --sentences"
     prompts, limits = prompts_and_limits(tokenizer, rows)
-    settings = SimpleNamespace(micro_batch_size=4, micro_batch_tokens=None, max_length=512, rdrop_alpha=0.1, normalize="tokens")
-    settings.micro_batch_tokens = pass_tokens(settings, cfg, device.type)
+    settings = training_settings(cfg, device)
     hundred, rng = [f"l{i}" for i in range(100)], random.Random(0)
     adapters = {len(languages): random_adapter(cfg, languages, device) for languages in (LANGUAGES, hundred)}
     directions = {

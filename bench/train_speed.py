@@ -12,18 +12,16 @@ share the frozen weights, and the peers' LoRA runs under autocast. Prints one JS
 
 import statistics
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 
-from common import Side, alternate, bench_parser, load_both, lower, machine, matmul_rate, peak_bytes, ratios, report, resident_bytes, sentence_rows, serve, tokenizer_of
+from common import Side, alternate, bench_parser, load_both, lower, machine, matmul_rate, peak_bytes, ratios, report, resident_bytes, sentence_rows, serve, tokenizer_of, training_settings
 
 import model as backbone
 from crosslora import TARGET_MODULES
 from data import encode, target_count
 from devices import Ranks, device_and_dtype
-from plan import pass_tokens
 from train import backward
 
 
@@ -93,8 +91,7 @@ def main():
     rows, source = sentence_rows(args.shared, args.pairs)
     examples, _ = encode(tokenizer, rows, args.max_length)
 
-    settings = SimpleNamespace(micro_batch_size=args.micro_batch_size, micro_batch_tokens=None, max_length=512, rdrop_alpha=0.1, normalize="tokens")
-    settings.micro_batch_tokens = pass_tokens(settings, cfg, device.type)
+    settings = training_settings(cfg, device, args.micro_batch_size)
 
     def ours(batch=examples, dtype=dtype):
         adapter.zero_grad(set_to_none=True)

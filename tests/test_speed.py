@@ -1,5 +1,6 @@
 """What makes it fast changes no result: cuts into passes, dropout masks, products by expert, rows that take over places."""
 
+import functools
 import itertools
 import json
 import subprocess
@@ -15,7 +16,7 @@ import kernels
 import model as backbone
 from conftest import ROOT, make_checkpoint, randomise, update_alone
 from crosslora import CrossLoRA
-from data import LANGUAGES, concatenate, target_count
+from data import LANGUAGES
 from generate import Row, decode
 from kernels import kept, linear
 from plan import micro_batches
@@ -90,23 +91,15 @@ def test_grouped_rows_equal_rows_on_their_own(lm, variant):
                 assert torch.allclose(ours, theirs, atol=1e-5) and ours.abs().max() > 0.1
 
 
-def losses_of(lm, adapter, examples, together):
-    """What train.forward_sums computes, on experts as a CPU or (`together`) a GPU takes them."""
-    tokens, labels, at, lengths = concatenate(examples, 2)
-    lora = adapter([e.src_lang for e in examples], [e.tgt_lang for e in examples], dropout=True, counts=[2 * (len(e.ids) - 1) for e in examples],
-                   last=[2 * target_count(e) for e in examples], together=together)
-    hidden = lm(tokens, lora, rows=kernels.Rows.of(lengths, "cpu"), wanted=at.view(1, -1))  # (N, P) -> (1, N*P); (1, N*P, D)
-    return kernels.head_loss(hidden.view(*at.shape, -1), lm.head_weights()[0], labels, 0.1)  # (1, N*P, D) -> (N, P, D)
-
-
 @pytest.mark.parametrize("variant", ["crosslora", "lora", "shared-target"])
 def test_all_experts_for_all_tokens_equal_each_rows_own(checkpoint, sentences, variant):
     """As a GPU computes a pass: loss, gradients, and which experts have none."""
     lm, _, examples = setup(checkpoint, sentences)
     adapter, found = randomise(CrossLoRA(lm.cfg, list(LANGUAGES), rank=4, alpha=8, dropout=0.0, variant=variant)), []
     examples = [e for e in examples if "is" not in (e.src_lang, e.tgt_lang)][:7]
+    sums = lambda together: forward_sums(lm, functools.partial(adapter, together=together), examples, torch.float32, 0.1, dropout=True)
     for together in (False, True):
-        losses = losses_of(lm, adapter, examples, together)
+        losses = sums(together)
         found.append((torch.stack(losses).detach(), torch.autograd.grad(losses[0], list(adapter.parameters()), allow_unused=True)))
     (loss, grads), (other, others) = found
     assert torch.allclose(loss, other, rtol=1e-4, atol=1e-4) and loss[1] > 1
@@ -114,7 +107,7 @@ def test_all_experts_for_all_tokens_equal_each_rows_own(checkpoint, sentences, v
         assert (a is None) == (b is None) and (a is None or torch.allclose(a, b, rtol=1e-3, atol=1e-4 * float(a.abs().max())))
     assert variant != "crosslora" or any(a is None for a in grads)
     adapter.dropout = 0.3
-    assert losses_of(lm, adapter, examples, together)[2] > 1e-3  # R-Drop's copies differ
+    assert sums(together)[2] > 1e-3  # R-Drop's copies differ
 
 
 @pytest.mark.parametrize("variant", ["crosslora", "molora-topk"])
