@@ -110,25 +110,28 @@ def decode(lm, adapter, dtype, queue, stop_ids, batch_size):
         places = adapter.places(*langs, [T] * len(rows), dtype)
         return places, adapter.by_token(stacked, places)
 
+    def read(part):
+        """The prompts of the rows at places `part` go into the cache, and their first new tokens into `token`."""
+        ends = torch.tensor([[len(rows[b].prompt) - 1] for b in part], device=device)  # (b, 1)
+        prompts = pad_sequence([torch.tensor(rows[b].prompt) for b in part], batch_first=True).to(device)  # (b, T), padded on the right
+        T, at_rows = prompts.shape[1], torch.tensor(part, device=device)
+        wanted = ends if stacked is None else None  # places are of all T tokens, in the last layer too
+        hidden = lm(prompts, experts([rows[b] for b in part], T)[1], cache=cache, slots=T, wanted=wanted, cached=at_rows)  # (b, 1, D) or (b, T, D)
+        hidden = hidden if stacked is None else backbone.pick(hidden, ends)  # (b, 1, D)
+        token[at_rows] = lm.head(hidden[:, 0]).argmax(-1)  # (b, V) -> (b,)
+
     def step(token, at, *places):
         hidden = lm(token[:, None], adapter.by_token(stacked, places) if places else lora, at[:, None], cache, slots)  # (B, 1, D)
         return lm.head(hidden[:, 0]).argmax(-1)  # (B, V) -> (B,)
 
     places, recorded, recorded_slots, cache_slots, aside = None, None, 0, 0, torch.cuda.Stream() if gpu else None
     while rows:
-        fresh.sort(key=lambda b: -len(rows[b].prompt))
-        most = min(PROMPTS[device.type], max(1, 2**14 // len(rows[fresh[0]].prompt))) if fresh else 1  # the memory of a pass stays small
-        for part in (fresh[i : i + most] for i in range(0, len(fresh), most)):
-            ends = torch.tensor([[len(rows[b].prompt) - 1] for b in part], device=device)  # (b, 1)
-            prompts = pad_sequence([torch.tensor(rows[b].prompt) for b in part], batch_first=True).to(device)  # (b, T), padded on the right
-            T, at_rows = prompts.shape[1], torch.tensor(part, device=device)
-            lora = experts([rows[b] for b in part], T)[1]
-            wanted = ends if stacked is None else None  # places are of all T tokens, in the last layer too
-            hidden = lm(prompts, lora, cache=cache, slots=T, wanted=wanted, cached=at_rows)  # (b, 1, D) or (b, T, D)
-            hidden = hidden if stacked is None else backbone.pick(hidden, ends)  # (b, 1, D)
-            token[at_rows] = lm.head(hidden[:, 0]).argmax(-1)  # (b, V) -> (b,)
         if fresh:
-            places = None  # of all rows, once they decode
+            places = lora = None  # of all rows, once they decode
+            fresh.sort(key=lambda b: -len(rows[b].prompt))
+            most = min(PROMPTS[device.type], max(1, 2**14 // len(rows[fresh[0]].prompt)))  # the memory of a pass stays small
+            for i in range(0, len(fresh), most):
+                read(fresh[i : i + most])
         else:
             if places is None:
                 places, lora = experts(rows)
