@@ -239,6 +239,11 @@ def resident_bytes(device, key="VmRSS"):
     return int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith(key))) * 1024
 
 
+def trim():
+    """Give freed memory back to the system, which glibc keeps."""
+    ctypes.CDLL(None).malloc_trim(0)
+
+
 def peak_bytes(function, device, since):
     """Memory at the peak of one call of `function`, less `since` bytes. On a CPU it is the whole process's, so that what
     earlier calls left counts too."""
@@ -246,7 +251,7 @@ def peak_bytes(function, device, since):
         torch.cuda.reset_peak_memory_stats()
         function()
         return torch.cuda.max_memory_allocated() - since
-    ctypes.CDLL(None).malloc_trim(0)  # else what loading has freed would count (glibc; the next lines are Linux's)
+    trim()  # else what loading has freed would count (the next lines are Linux's)
     open("/proc/self/clear_refs", "w").write("5")  # the peak counts from here
     function()
     return resident_bytes(device, "VmHWM") - since

@@ -17,8 +17,8 @@ def tables():
     """Training, decoding and CrossLoRA's own cost as markdown, a row a result file."""
     read = lambda kind: [json.loads(path.read_text()) for path in sorted((ROOT / "bench/results").glob(f"{kind}_*.json"), key=lambda path: ("SML".find(path.stem.split("_")[1]), path.stem))]
     size = lambda r: r["size"] + (f", {r['machine']['device']}" if "NVIDIA" in r["machine"]["device"] else "") + ("" if r["machine"]["allocator"] == "default" else ", tuned allocator")
-    train = [[size(r), str(r["tokens_per_s"]["ours"]), ratio(r["ratio_usual"]), ratio(r["ratio_tuned"]), f"{r['utilisation']:.0%}",
-              f"{r['peak_mib']['ours']:,}", f"{r['peak_mib']['usual']:,}", f"{r['peak_mib']['tuned']:,}", str(r["pairs"])] for r in read("train")]
+    train = [[size(r), str(r["tokens_per_s"]["ours"]), ratio(r.get("ratio_usual")), ratio(r.get("ratio_tuned")), f"{r['utilisation']:.0%}",
+              *(f"{r['peak_mib'][name]:,}" if name in r["peak_mib"] else "-" for name in ("ours", "usual", "tuned")), str(r["pairs"])] for r in read("train")]
     decode = [[size(r), str(r["sentences_per_s"]["ours"]), str(r["output_tokens_per_s"]["ours"]), ratio(r.get("ratio_usual")), ratio(r.get("ratio_sorted")),
                f"{r['utilisation']:.0%}", str(r["count"])] for r in read("generate")]
     cost = [[f"{what}, {size(r)}", *(f"{value['median'] - 1:+.1%} ({value['min'] - 1:+.1%} to {value['max'] - 1:+.1%})" for value in r[what].values())]

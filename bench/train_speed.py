@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from common import Side, alternate, bench_parser, load_both, lower, machine, matmul_rate, peak_bytes, ratios, report, resident_bytes, sentence_rows, serve, tokenizer_of, training_settings
+from common import Side, alternate, bench_parser, load_both, lower, machine, matmul_rate, peak_bytes, ratios, report, resident_bytes, sentence_rows, serve, tokenizer_of, training_settings, trim
 
 import model as backbone
 from crosslora import TARGET_MODULES
@@ -77,6 +77,7 @@ def main():
     parser.add_argument("--pairs", type=int, default=32, help="the effective batch")
     parser.add_argument("--micro-batch-size", type=int, default=4, help="of both peers; ours cuts its passes by tokens, see train.py --micro-batch-tokens")
     parser.add_argument("--max-length", type=int, default=512, help="longer pairs are left out: four padded to 227 tokens take the usual peer 19 GB at M")
+    parser.add_argument("--peers", default="usual,tuned", help="which to measure; one at a time where memory is short")
     parser.add_argument("--side", choices=["ours", "usual", "tuned"], help="be one side's process")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -103,7 +104,8 @@ def main():
             return peer_backward(peer, batch, args.micro_batch_size, tuned, 0.1, device, dtype)
         return step
 
-    runs = {"ours": ours, "usual": theirs(False), "tuned": theirs(True)}
+    peers = [name for name in ("usual", "tuned") if name in args.peers.split(",")]
+    runs = {"ours": ours, **{name: theirs(name == "tuned") for name in peers}}
     if args.side:
         if args.side != "ours":
             adapter = None  # the peer has copied two of its experts
@@ -115,7 +117,7 @@ def main():
         adapter.dropout, worst = 0.0, {}
         peer.eval()
         mine = ours(batch, dtype)
-        for name in ("usual", "tuned"):
+        for name in peers:
             other = theirs(name == "tuned", batch, dtype)()
             worst[name] = abs(mine[0] / other[0] - 1).item()
             for i, layer in enumerate(peer.base_model.model.model.layers):
@@ -127,8 +129,8 @@ def main():
         peer.train()
         return worst
 
-    # All rows in the one direction that the peer has; fp32 of 8B and activations of more than 8 pairs is too much for a GPU of 80 GB.
-    one_way = [e._replace(src_lang="de", tgt_lang="zh") for e in examples[: None if device.type == "cpu" else 8]]
+    # Rows in the one direction that the peer has; this process holds both sides, at L more than 8 pairs are too much for 80 GB, at M for 24.
+    one_way = [e._replace(src_lang="de", tgt_lang="zh") for e in examples[:8]]
     agree = disagreement(one_way, torch.float32)
     assert max(agree.values()) < 1e-4, f"the sides disagree: {agree}"
     if dtype != torch.float32:
@@ -141,18 +143,19 @@ def main():
     flops = 2 * 4 * (tokens * layer_weights + targets * cfg.vocab_size * cfg.hidden_size)  # two passes, 4 a weight and token, needed or not
     if device.type == "cpu":
         lm = adapter = peer = None  # the sides have their own
+        trim()
         runs = {name: Side(name) for name in runs}
         peaks = {name: side.told for name, side in runs.items()}
     else:
         for module in (adapter, peer):
             module.zero_grad(set_to_none=True)  # a step's gradients are part of its peak
-        own = lambda name: sum(p.nbytes for module in ((lm, adapter) if name == "ours" else (peer,)) for p in module.parameters())
+        own = lambda name: sum({p.data_ptr(): p.nbytes for module in ((lm, adapter) if name == "ours" else (peer,)) for p in module.parameters()}.values())
         peaks = {name: peak_bytes(run, device, resident_bytes(device) - own(name)) for name, run in runs.items()}
     rates = []  # of a large product, after every turn: these machines change their pace
     times = alternate(runs, args.repeats, device, lambda: rates.append(matmul_rate(device, dtype)))
     median = lambda name: sorted(times[name])[len(times[name]) // 2]
     result = {"bench": "train", "size": args.size, "sentences": source, "pairs": len(examples), "tokens": tokens, "targets": targets, "micro_batch_size": args.micro_batch_size, "max_length": args.max_length,
-              "tokens_per_s": {name: round(tokens / median(name), 1) for name in runs}, "ratio_usual": ratios(times, "usual"), "ratio_tuned": ratios(times, "tuned"),
+              "tokens_per_s": {name: round(tokens / median(name), 1) for name in runs}, **{f"ratio_{name}": ratios(times, name) for name in runs if name != "ours"},
               "peak_mib": {name: round(peak / 2**20) for name, peak in peaks.items()}, "utilisation": round(statistics.median(flops / t / rate for t, rate in zip(times["ours"], rates)), 3),
               "matmul_gflops": round(statistics.median(rates) / 1e9, 1), "agreement": agree, "machine": machine(device)}
     report(result, args.out)
