@@ -8,6 +8,7 @@ import itertools
 import platform
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.nn.attention.varlen import varlen_attn
@@ -24,8 +25,9 @@ def by_onednn(x):
 
 
 def product(x, weight, bias=None, update=None):
-    """x (..., D_in) times weight, plus bias (D_out,), plus update (..., D_out): (..., D_out), without derivatives."""
-    y = ONEDNN(x, weight, bias, "none", [], "") if by_onednn(x) else F.linear(x, weight, bias)
+    """x (..., D_in) times weight, plus bias (D_out,), plus update (..., D_out): (..., D_out). Without derivatives where oneDNN computes, that is on
+    a CPU in fp32, but for a weight that is trained."""
+    y = ONEDNN(x, weight, bias, "none", [], "") if by_onednn(x) and not weight.requires_grad else F.linear(x, weight, bias)
     return y if update is None else y.add_(update)
 
 
@@ -54,20 +56,17 @@ class FrozenLinear(torch.autograd.Function):
 def linear(x, weight, bias=None, update=None, transposed=None):
     """F.linear(x, weight, bias) + update, faster where the weight is frozen; shapes as in product. transposed: the weight's
     packed transpose (D_in, D_out), for the backward pass; without it a packed weight is unpacked every time."""
-    if weight.requires_grad or not by_onednn(x):
-        y = F.linear(x, weight, bias)
-        return y if update is None else y.add_(update)
-    if not torch.is_grad_enabled():
+    if weight.requires_grad or not by_onednn(x) or not torch.is_grad_enabled():
         return product(x, weight, bias, update)
     return FrozenLinear.apply(x, weight, bias, update, weight.t() if transposed is None else transposed)
 
 
 def kept(x, p):
-    """Dropout's mask, 1 with probability 1 - p (to 2^-16) at each element of x. Sixteen random bits an element take
-    a quarter of the time that torch's generator takes on a CPU."""
-    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None)
-    mask = bits.view(torch.int16)[: x.numel()].view(x.shape) >= min(round(p * 2**16), 2**16 - 1) - 2**15
-    return mask.view(torch.int8)
+    """Dropout's mask, 1 with probability 1 - p (to 2^-16) at each element of x: sixteen random bits an element, from numpy since its
+    generator takes half the time of torch's on a CPU; torch's gives the seed."""
+    bits = np.random.SFC64(int(torch.randint(2**62, ()))).random_raw(-(-x.numel() // 4)).view(np.int16)
+    mask = torch.from_numpy(bits)[: x.numel()].view(x.shape)
+    return mask.ge_(min(round(p * 2**16), 2**16 - 1) - 2**15).to(x.device, torch.int8)  # in place: a comparison into bool takes fifteen times as long
 
 
 class Adapted(torch.autograd.Function):
@@ -106,13 +105,40 @@ class Adapted(torch.autograd.Function):
             m = None if m is None else m.to(x.dtype)
             if by_x is not None:
                 below = by_h_run @ A_run  # (n, R) x (R, D_in)
-                by_x_run += below if m is None else below.mul_(m)
+                if m is None:
+                    by_x_run += below
+                else:
+                    by_x_run.addcmul_(below, m)
             by_A.append(by_h_run.t() @ (x_run if m is None else m.mul_(x_run)))  # (R, n) x (n, D_in)
         return by_x, *[None] * 7, *by_A, *by_B
 
 
 def split_or_none(x, sizes):
     return [None] * len(sizes) if x is None else x.split(sizes)
+
+
+class FrozenRMSNorm(torch.autograd.Function):
+    """F.rms_norm by a frozen weight. On a CPU torch puts its backward pass together from a dozen operations, a GPU has a kernel."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        scale = (x.square().mean(-1, keepdim=True) + eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return (x * scale).mul_(weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, scale = ctx.saved_tensors
+        grad = grad * weight
+        along = (grad * x).mean(-1, keepdim=True).mul_(scale**3)
+        return grad.mul_(scale).addcmul_(x, along, value=-1), None, None
+
+
+def rms_norm(x, weight, eps):
+    """x (..., D) over its root mean square, times weight (D,), computed in fp32 and rounded once; transformers rounds before the weight too."""
+    if x.requires_grad and x.dtype == torch.float32 and not x.is_cuda and not weight.requires_grad:
+        return FrozenRMSNorm.apply(x, weight, eps)
+    return F.rms_norm(x, weight.shape, weight, eps)
 
 
 def turned(x, cos, sin):
@@ -222,12 +248,13 @@ class HeadLoss(torch.autograd.Function):
             logits = product(some, weight)  # (n, P, D) x (D, V) -> (n, P, V)
             for z, y in zip(logits.split(block), targets.split(block)):
                 y = y[:, None]  # (n,) -> (n, 1)
-                logp = z.float().log_softmax(-1)
-                p = logp.exp()
-                nll -= logp.gather(-1, y[:, None].expand(-1, P, 1)).sum() / P  # eq. 6 for one pass, eq. 8 for two
+                p = z.softmax(-1, dtype=torch.float32)
+                top, best = z.amax(-1, keepdim=True).float(), p.amax(-1, keepdim=True).log_()  # (n, P, 1): log p is z - top + best, taken where it is needed only
+                nll += (top - z.gather(-1, y[:, None].expand(-1, P, 1)) - best).sum() / P  # eq. 6 for one pass, eq. 8 for two
                 if P == 2:
-                    (logp1, logp2), (p1, p2) = logp.unbind(1), p.unbind(1)  # (n, V) each
-                    d = logp1 - logp2
+                    p1, p2 = p.unbind(1)  # (n, V) each
+                    log_sum = top - best
+                    d = (z[:, 0].float() - z[:, 1]).sub_(log_sum[:, 0] - log_sum[:, 1])  # log p1 - log p2
                     kl1, kl2 = (p1 * d).sum(-1, keepdim=True), -(p2 * d).sum(-1, keepdim=True)  # KL(p1 || p2), KL(p2 || p1): (n, 1)
                     kl += (kl1 + kl2).sum() / 2  # eq. 7
                 if not wanted:

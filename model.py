@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from files import UserError, read_json, write_atomic
-from kernels import Rotate, SwiGLU, attention, linear, packed
+from kernels import Rotate, SwiGLU, attention, linear, packed, rms_norm
 
 ROPE_KEYS = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}  # Llama-3.1's
 
@@ -126,7 +126,7 @@ class RMSNorm(nn.Module):
         self.eps = cfg.rms_norm_eps
 
     def forward(self, x):
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)  # in fp32, rounded once; transformers rounds before the weight too
+        return rms_norm(x, self.weight, self.eps)
 
 
 class KVCache:
@@ -272,9 +272,9 @@ class CausalLM(nn.Module):
 
     def pack(self, training=False):
         """Lay out all projections as this machine multiplies them fastest (kernels.packed), once; for training their transposes
-        too, in that much memory again. What was packed can't be saved or fingerprinted. A tied head is packed for decoding beside
-        the embeddings, which are looked up; in training its share is too small to pay for that."""
-        if self.cfg.tie_word_embeddings and not training:
+        too, in that much memory again. What was packed can't be saved or fingerprinted. A tied head is packed beside the embeddings, which are looked up, and
+        so takes its memory twice or, in training, three times."""
+        if self.cfg.tie_word_embeddings:
             self.lm_head = Linear(self.cfg.hidden_size, self.cfg.vocab_size, bias=False, device="meta")
             self.lm_head.weight = self.model.embed_tokens.weight
         for module in self.modules():

@@ -86,14 +86,14 @@ def dry_run(args):
         length, targets = max(lengths), max(counts)  # the worst pass is all long ones
         print(f"tokens:     {sum(lengths):,} an epoch, {sum(counts):,} of them targets; {sum(lengths) / pairs:.1f} a pair, longest {length}; {dropped} pairs dropped")
     passes = 2 if args.rdrop_alpha > 0 else 1
-    transposed = frozen - cfg.vocab_size * cfg.hidden_size  # CausalLM.pack: all but the embeddings
-    for what, element, device, weights, copied in (("bf16 backbone (GPU)", 2, "cuda", frozen, trained), ("fp32 backbone (CPU)", 4, "cpu", frozen + transposed, 0)):
+    packed = frozen + (1 if cfg.tie_word_embeddings else -1) * cfg.vocab_size * cfg.hidden_size  # CausalLM.pack: transposes of all but the embeddings; of a tied head both
+    for what, element, device, weights, copied in (("bf16 backbone (GPU)", 2, "cuda", frozen, trained), ("fp32 backbone (CPU)", 4, "cpu", frozen + packed, 0)):
         rows = args.micro_batch_size
         if tokens := pass_tokens(args, cfg, device):  # what fits, rounded up: somewhat shorter rows use the tokens to the last
             rows = min(math.ceil(max(1, tokens / length)), args.batch_size)
         # fp32 weight, gradient and two moments are 16 bytes a trained parameter; a GPU copies the experts that are present; beside the
-        # logits that are there at one time the loss holds about four fp32 copies of them
+        # logits that are there at one time the loss holds about three fp32 copies of them
         parts = [weights * element, 16 * trained, copied * element, saved_bytes(cfg, rows * passes, length, rows * passes * targets, element)
-                 + min(LOGITS[device], rows * passes * targets * cfg.vocab_size) * (4 * 4 + element)]
+                 + min(LOGITS[device], rows * passes * targets * cfg.vocab_size) * (3 * 4 + element)]
         print(f"memory:     at most {sum(parts) / 2**30:.1f} GiB a process, {what}: weights {parts[0] / 2**30:.1f}, adapter with gradient and Adam {parts[1] / 2**30:.1f}, "
               f"copied experts {parts[2] / 2**30:.1f}, activations {parts[3] / 2**30:.1f} ({rows} pairs of {length} tokens)")

@@ -164,6 +164,25 @@ def test_adapted_projection_is_a_loop_over_tokens(dtype, close, packs, drops):
             assert torch.allclose(mine, theirs, atol=30 * close, rtol=30 * close)
 
 
+@pytest.mark.parametrize("size", [1e-4, 1.0, 1e4])
+def test_norm_is_torchs_with_its_gradient(size):
+    torch.manual_seed(0)
+    x, weight, grad = torch.randn(2, 9, 33) * size, torch.randn(33), torch.randn(2, 9, 33)
+    x[0, 0] = 0
+    results = []
+    for function, dtype in ((kernels.rms_norm, torch.float32), (lambda x, weight, eps: F.rms_norm(x, weight.shape, weight, eps), torch.float64)):
+        own = x.detach().to(dtype, copy=True).requires_grad_()
+        y = function(own, weight.to(dtype), 1e-6)
+        y.backward(grad.to(dtype))
+        results.append((y.detach().float(), own.grad.float()))
+    for mine, theirs in zip(*results):
+        assert ((mine - theirs).abs() <= 1e-5 * (theirs.abs() + theirs.abs().mean(-1, keepdim=True))).all()
+    trained = weight.clone().requires_grad_()
+    kernels.rms_norm(x.clone().requires_grad_(), trained, 1e-6).backward(grad)  # as in pretraining
+    wanted = (grad * F.rms_norm(x, weight.shape, None, 1e-6)).sum((0, 1))
+    assert torch.allclose(trained.grad, wanted, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype, close", [(torch.float32, 1e-5), (torch.float64, 1e-12), (torch.bfloat16, 3e-2)])
 @pytest.mark.parametrize("tokens", [1, 7, 300])
 def test_linear_is_torchs_with_the_update_added(tokens, dtype, close):
@@ -208,6 +227,7 @@ def test_packed_backbone_is_the_same_and_keeps_no_plain_projection(tmp_path, sen
             embeddings = lm.model.embed_tokens.weight.data_ptr()
             lm.pack(training)
             if kernels.ONEDNN is not None:
+                assert all(weight is None and not training or weight.is_mkldnn for weight in lm.head_weights())
                 assert all(module.weight.is_mkldnn and (module.transposed is not None and module.transposed.is_mkldnn) == training for module in linears)
                 assert all(weight.expired() for weight in plain) and lm.model.embed_tokens.weight.data_ptr() != embeddings  # let go of the file
         with torch.set_grad_enabled(training):
@@ -239,6 +259,14 @@ def test_head_loss_is_the_same_in_every_cut(passes, monkeypatch):
         assert torch.allclose(torch.autograd.grad(parts[0], hidden)[0], wanted, rtol=1e-4, atol=1e-5)
     with torch.no_grad():
         assert torch.allclose(kernels.head_loss(hidden, head, labels, 0.7)[0], nll + 0.7 * kl, rtol=1e-4)
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_head_loss_of_targets_whose_probability_is_no_number_of_fp32(passes):
+    hidden, weight, labels = torch.tensor([[[30.0], [29.0]], [[-30.0], [-31.0]]])[:, :passes], torch.tensor([[10.0], [-10.0], [0.0]]), torch.tensor([1, 0])
+    loss, nll, kl = kernels.head_loss(hidden, weight, labels, 0.1)
+    torch.testing.assert_close(nll.item(), 1200.0)  # a logit some 600 below the largest for each target, in both passes together as for one
+    assert kl == 0 and loss == nll
 
 
 @pytest.mark.parametrize("passes", [1, 2])
