@@ -76,7 +76,7 @@ def main():
     parser = bench_parser(__doc__)
     parser.add_argument("--pairs", type=int, default=32, help="the effective batch")
     parser.add_argument("--micro-batch-size", type=int, default=4, help="of both peers; ours cuts its passes by tokens, see train.py --micro-batch-tokens")
-    parser.add_argument("--max-length", type=int, default=512, help="longer pairs are left out: four padded to 227 tokens take the usual peer 19 GB at M")
+    parser.add_argument("--max-length", type=int, default=512, help="longer pairs are left out: with pairs of up to 141 tokens the usual peer takes 16 GiB at M")
     parser.add_argument("--peers", default="usual,tuned", help="which to measure; one at a time where memory is short")
     parser.add_argument("--side", choices=["ours", "usual", "tuned"], help="be one side's process")
     args = parser.parse_args()
