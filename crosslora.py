@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from files import UserError, read_json, run_main, write_atomic
-from kernels import Adapted, kept
+from kernels import Adapted, blocks, kept
 
 TARGET_MODULES = ("gate_proj", "up_proj", "down_proj")  # section A.1
 GROUPS = "en,de,is/cs,ru/zh"  # Table 4
@@ -80,11 +80,15 @@ class LowRank:
     """As PerRow for decoding: x (rows, T, D_in) -> (rows, T, D_out), where reading experts for each row would take longer than the products.
 
     A (a, R, D_in) and B (b, D_out, R) hold an expert for each block of S rows. `moves` gathers rows of one expert: into A's blocks,
-    across to B's and back, see blocks().
+    across to B's and back, see kernels.blocks.
     """
 
-    def __init__(self, A, B, scale, moves):
-        self.A, self.B, self.scale, self.moves = A, B, scale, moves
+    def __init__(self, bank, names, moves, scale, dtype, before):
+        """names: the experts of A's and of B's blocks. before: the LowRank of other rows, which is spent then, since its memory is used again; or None."""
+        had, held = (before.names, before.held) if before else (((), ()), (None, None))
+        self.names, self.moves, self.scale = names, moves, scale
+        self.held = [gather(*side, dtype) for side in zip((bank.lora_A, bank.lora_B), names, had, held)]
+        self.A, self.B = (held[: len(some)] for held, some in zip(self.held, names))
 
     def __call__(self, projection, x):
         move = lambda x, rows: x if rows is None else x.index_select(0, rows)
@@ -112,19 +116,6 @@ class EveryExpert:
         h = h.gather(1, self.own) * self.mask  # (N, n*R) -> (N, m*R)
         y = F.linear(flat, projection.weight, projection.bias).addmm_(h, self.B.t(), alpha=self.scale)  # eqs. 1, 4: (N, m*R) x (m*R, D_out)
         return y.view(*x.shape[:-1], -1)  # (N, D_out) -> (..., D_out)
-
-
-def blocks(names):
-    """Deal rows to blocks of one size, each of one expert, given the expert of every row: (expert of each block, row of
-    each place in the blocks, place of each row). A block that is not full repeats one of its rows."""
-    own = {}
-    for row, name in enumerate(names):
-        own.setdefault(name, []).append(row)
-    size = -(-len(names) // len(own))  # as many experts as rows: every row is a block, and none has to move
-    dealt = sorted(((rows[i : i + size], name) for name, rows in own.items() for i in range(0, len(rows), size)), key=lambda block: block[0])
-    places = [row for rows, _ in dealt for row in rows + rows[:1] * (size - len(rows))]
-    place = {row: i for i, row in enumerate(places)}
-    return [name for _, name in dealt], places, [place[row] for row in range(len(names))]
 
 
 class RoutedLowRank:
@@ -160,11 +151,15 @@ class Bank(nn.Module):
             nn.init.kaiming_uniform_(self.router, a=math.sqrt(5))  # not 0: equal scores would send all tokens to one expert
 
 
-def gather(experts, names, dtype):
-    """One expert a block: ParameterDict of (M, N) -> (blocks, M, N)."""
-    if len(set(names)) == 1:
-        return experts[names[0]].to(dtype).expand(len(names), -1, -1)
-    return torch.stack([experts[name] for name in names]).to(dtype)
+def gather(experts, names, had, held, dtype):
+    """One expert a block: ParameterDict of (M, N) -> (blocks or more, M, N), which is `held` if there is room in it; what it
+    `had` there already is not copied again, since copying takes as long as many steps read."""
+    if held is None or len(held) < len(names):
+        had, held = (), experts[names[0]].new_empty(len(names) * 5 // 4, *experts[names[0]].shape, dtype=dtype)  # the next rows may need some more
+    for i, (name, there) in enumerate(itertools.zip_longest(names, had[: len(names)])):
+        if name != there:
+            held[i] = experts[name].detach()
+    return held
 
 
 class CrossLoRA(nn.Module):
@@ -223,16 +218,18 @@ class CrossLoRA(nn.Module):
         return (self._each_bank(lambda bank: PerRow(bank, *everywhere, scale, p, dtype), others)
                 + self._each_bank(lambda bank: PerRow(bank, *there, scale, p, dtype), [end]))
 
-    def grouped(self, src_langs, tgt_langs, dtype=torch.float32):
-        """As forward without dropout, for decoding: {projection: LowRank}."""
+    def grouped(self, src_langs, tgt_langs, dtype=torch.float32, before=None):
+        """As forward without dropout, for decoding: {projection: LowRank}. before: what it gave for other rows, spent then; experts that it has are not copied again."""
         if self.learned:
             return self(src_langs, tgt_langs, dtype)
         routes = [self.route(s, t) for s, t in zip(src_langs, tgt_langs, strict=True)]
-        (a_names, a_rows, a_places), (b_names, b_rows, b_places) = (blocks(side) for side in zip(*routes))
+        had = before[0]["gate_proj"].names if before else ((), ())
+        (a_names, a_rows, a_places), (b_names, b_rows, b_places) = (blocks(*side) for side in zip(zip(*routes), had))
         moves = a_rows, [a_places[row] for row in b_rows], b_places
         device = next(self.parameters()).device
         moves = [None if rows == list(range(len(routes))) else torch.tensor(rows, device=device) for rows in moves]
-        return self._each_bank(lambda bank: LowRank(gather(bank.lora_A, a_names, dtype), gather(bank.lora_B, b_names, dtype), self.alpha / self.rank, moves))
+        return [{name: LowRank(bank, (a_names, b_names), moves, self.alpha / self.rank, dtype, before and before[i][name]) for name, bank in layer.items()}
+                for i, layer in enumerate(self.layers)]
 
     def stacked(self, dtype, experts=None):
         """Experts as EveryExpert takes them, `experts` of A and B or all: a list over layers of {projection: (A, B)}."""

@@ -106,7 +106,7 @@ def decode(lm, adapter, dtype, queue, stop_ids, batch_size):
         if adapter is None or every is not None:
             return (), every
         if stacked is None:  # a prompt's tokens are enough for products of their own
-            return (), (adapter if T > 1 else adapter.grouped)(*langs, dtype)
+            return (), adapter(*langs, dtype) if T > 1 else adapter.grouped(*langs, dtype, lora)
         places = adapter.places(*langs, [T] * len(rows), dtype)
         return places, adapter.by_token(stacked, places)
 
@@ -124,10 +124,10 @@ def decode(lm, adapter, dtype, queue, stop_ids, batch_size):
         hidden = lm(token[:, None], adapter.by_token(stacked, places) if places else lora, at[:, None], cache, slots)  # (B, 1, D)
         return lm.head(hidden[:, 0]).argmax(-1)  # (B, V) -> (B,)
 
-    places, recorded, recorded_slots, cache_slots, aside = None, None, 0, 0, torch.cuda.Stream() if gpu else None
+    places, lora, recorded, recorded_slots, cache_slots, aside = None, None, None, 0, 0, torch.cuda.Stream() if gpu else None
     while rows:
         if fresh:
-            places = lora = None  # of all rows, once they decode
+            places = None  # of all rows, once they decode
             fresh.sort(key=lambda b: -len(rows[b].prompt))
             most = min(PROMPTS[device.type], max(1, 2**14 // len(rows[fresh[0]].prompt)))  # the memory of a pass stays small
             for i in range(0, len(fresh), most):

@@ -117,6 +117,24 @@ def split_or_none(x, sizes):
     return [None] * len(sizes) if x is None else x.split(sizes)
 
 
+def blocks(names, had=()):
+    """Deal rows to blocks of one size, each of one expert, given the expert of every row: (expert of each block, row of
+    each place in the blocks, place of each row). A block that is not full repeats one of its rows. Where a block's expert `had` one before,
+    it stays there if it can."""
+    own = {}
+    for row, name in enumerate(names):
+        own.setdefault(name, []).append(row)
+    size = -(-len(names) // len(own))  # as many experts as rows: every row is a block
+    dealt = {name: [rows[i : i + size] for i in range(0, len(rows), size)] for name, rows in own.items()}
+    count = sum(map(len, dealt.values()))
+    stay = [(dealt[name].pop(), name) if dealt.get(name) else None for name in had[:count]]
+    rest = iter(sorted((rows, name) for name, each in dealt.items() for rows in each))
+    found = [block or next(rest) for block in stay + [None] * (count - len(stay))]
+    places = [row for rows, _ in found for row in rows + rows[:1] * (size - len(rows))]
+    place = {row: i for i, row in enumerate(places)}
+    return tuple(name for _, name in found), places, [place[row] for row in range(len(names))]
+
+
 class FrozenRMSNorm(torch.autograd.Function):
     """F.rms_norm by a frozen weight. On a CPU torch puts its backward pass together from a dozen operations, a GPU has a kernel."""
 

@@ -24,8 +24,9 @@ from train import backward
 
 def main():
     parser = bench_parser(__doc__)
-    parser.add_argument("--pairs", type=int, default=16, help="in training")
-    parser.add_argument("--sentences", type=int, default=64, help="in decoding, all together")
+    parser.add_argument("--pairs", type=int, default=32, help="in training: the effective batch")
+    parser.add_argument("--sentences", type=int, default=256, help="in decoding")
+    parser.add_argument("--batch-size", type=int, default=128, help="in decoding, as of generate.py")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     device, dtype = device_and_dtype("auto")
@@ -58,11 +59,11 @@ def main():
     def decode_run(lm, count, langs):
         def run():
             queue = (Row(i, prompts[i], *langs[i], limits[i]) for i in decoding_order(rows))
-            for _ in decode(lm, adapters[count], dtype, queue, (), len(rows)):
+            for _ in decode(lm, adapters[count], dtype, queue, (), args.batch_size):
                 continue
         return run
 
-    result = {"bench": "cost", "size": args.size, "sentences": source, "pairs": len(examples), "count": len(rows)}
+    result = {"bench": "cost", "size": args.size, "sentences": source, "pairs": len(examples), "count": len(rows), "batch_size": args.batch_size}
     for what, make in (("training", train_run), ("decoding", decode_run)):
         lm = load_both(args.size, folder, args.shared, device, "ours")[0]
         lower(itertools.chain(lm.parameters(), *(adapter.parameters() for adapter in adapters.values() if what == "decoding")), dtype)

@@ -81,14 +81,30 @@ def test_grouped_rows_equal_rows_on_their_own(lm, variant):
     torch.manual_seed(2)
     every = [(s, t) for s in LANGUAGES for t in LANGUAGES if s != t]
     mixed = [("de", "zh"), ("en", "is"), ("zh", "en"), ("de", "is"), ("is", "zh")]
+    before = None
     for directions in (mixed, mixed * 5 + every, every, [("de", "zh")] * 7, [("de", "zh"), ("en", "is")], [("de", "en"), ("zh", "en"), ("de", "en"), ("ru", "en")]):
         src, tgt = zip(*directions)
-        for a, b in zip(adapter(src, tgt), adapter.grouped(src, tgt)):
-            for name in a:
-                d_in, d_out = (lm.cfg.hidden_size, lm.cfg.intermediate_size)[:: -1 if name == "down_proj" else 1]
-                x = torch.randn(len(src), 3, d_in)
-                ours, theirs = (update_alone(update, x, d_out) for update in (a[name], b[name]))
-                assert torch.allclose(ours, theirs, atol=1e-5) and ours.abs().max() > 0.1
+        for again in (None, before):  # into memory of its own, and into that of the rows before
+            before = adapter.grouped(src, tgt, before=again)
+            for a, b in zip(adapter(src, tgt), before):
+                for name in a:
+                    d_in, d_out = (lm.cfg.hidden_size, lm.cfg.intermediate_size)[:: -1 if name == "down_proj" else 1]
+                    x = torch.randn(len(src), 3, d_in)
+                    ours, theirs = (update_alone(update, x, d_out) for update in (a[name], b[name]))
+                    assert torch.allclose(ours, theirs, atol=1e-5) and ours.abs().max() > 0.1
+
+
+def test_an_expert_that_is_wanted_again_stays_where_it_is(lm):
+    adapter = randomise(CrossLoRA(lm.cfg, list(LANGUAGES), rank=4, alpha=8))
+    lora = adapter.grouped(["de", "zh", "de", "is"], ["en", "en", "ru", "cs"])
+    first = lora[0]["up_proj"]
+    for side in first.held:
+        side.fill_(torch.nan)  # what is copied again is no longer nan
+    second = adapter.grouped(["zh", "cs", "is"], ["ru", "en", "zh"], before=lora)[0]["up_proj"]
+    assert [set(names) for names in first.names] == [{"de", "zh", "is"}, {"en", "ru", "cs"}]
+    for names, experts in zip(second.names, (second.A, second.B)):
+        assert len(names) == len(experts) == 3
+        assert {name for name, expert in zip(names, experts) if expert.isfinite().all()} == ({"cs"} if names is second.names[0] else {"zh"})
 
 
 @pytest.mark.parametrize("variant", ["crosslora", "lora", "shared-target"])
