@@ -77,18 +77,19 @@ class PerRow:
 
 
 class LowRank:
-    """As PerRow for decoding: x (rows, T, D_in) -> (rows, T, D_out), where reading experts for each row would take longer than the products.
+    """As PerRow for decoding, x (rows, T, D_in) -> (rows, T, D_out): rows of one expert are put together in blocks of S rows, so that an
+    expert is read once a block and not once a row.
 
-    A (a, R, D_in) and B (b, D_out, R) hold an expert for each block of S rows. `moves` gathers rows of one expert: into A's blocks,
-    across to B's and back, see kernels.blocks.
+    A (a, R, D_in), B (b, D_out, R): a block's expert. moves: three row indices (None: as they stand), from rows into A's blocks, across to B's,
+    and back; see kernels.blocks.
     """
 
     def __init__(self, bank, names, moves, scale, dtype, before):
-        """names: the experts of A's and of B's blocks. before: the LowRank of other rows, which is spent then, since its memory is used again; or None."""
+        """names: the experts of A's and of B's blocks. before: the LowRank of other rows, whose memory this one takes over, or None."""
         had, held = (before.names, before.held) if before else (((), ()), (None, None))
         self.names, self.moves, self.scale = names, moves, scale
         self.held = [gather(*side, dtype) for side in zip((bank.lora_A, bank.lora_B), names, had, held)]
-        self.A, self.B = (held[: len(some)] for held, some in zip(self.held, names))
+        self.A, self.B = (memory[: len(some)] for memory, some in zip(self.held, names))
 
     def __call__(self, projection, x):
         move = lambda x, rows: x if rows is None else x.index_select(0, rows)
@@ -104,7 +105,8 @@ class EveryExpert:
     """As PerRow on a GPU, for tokens of any rows: all experts present meet all tokens, and each token keeps its own. A GPU reads x as fast
     for a hundred columns as for sixteen, and a launch for every expert would cost more.
 
-    A (n*R, D_in), B (D_out, m*R); own (N, m*R): the columns of A_src x, again for each of B's experts, and mask (N, m*R): 1 where it is B_tgt, else 0.
+    A (n*R, D_in), B (D_out, m*R): all experts side by side. own (N, m*R): the columns where a token's A_src x stands, m times over; mask (N, m*R): 1 in the
+    R columns of its B_tgt, else 0.
     """
 
     def __init__(self, A, B, own, mask, scale, dropout):
@@ -152,12 +154,12 @@ class Bank(nn.Module):
 
 
 def gather(experts, names, had, held, dtype):
-    """One expert a block: ParameterDict of (M, N) -> (blocks or more, M, N), which is `held` if there is room in it; what it
-    `had` there already is not copied again, since copying takes as long as many steps read."""
+    """The experts `names` (M, N), one a block, in the first places of `held` or, where it is too small, of new memory: (blocks or more, M, N).
+    had: the experts that lie in `held`; one at its place already is not copied, since a copy costs as much as the reading of many steps."""
     if held is None or len(held) < len(names):
         had, held = (), experts[names[0]].new_empty(len(names) * 5 // 4, *experts[names[0]].shape, dtype=dtype)  # the next rows may need some more
-    for i, (name, there) in enumerate(itertools.zip_longest(names, had[: len(names)])):
-        if name != there:
+    for i, name in enumerate(names):
+        if had[i : i + 1] != (name,):
             held[i] = experts[name].detach()
     return held
 
@@ -219,7 +221,8 @@ class CrossLoRA(nn.Module):
                 + self._each_bank(lambda bank: PerRow(bank, *there, scale, p, dtype), [end]))
 
     def grouped(self, src_langs, tgt_langs, dtype=torch.float32, before=None):
-        """As forward without dropout, for decoding: {projection: LowRank}. before: what it gave for other rows, spent then; experts that it has are not copied again."""
+        """As forward, for decoding, without dropout and derivatives: a list over layers of {projection: LowRank}. before: the list it gave for
+        other rows. It is emptied: its memory is used again, and the experts in it that are still wanted are not copied again."""
         if self.learned:
             return self(src_langs, tgt_langs, dtype)
         routes = [self.route(s, t) for s, t in zip(src_langs, tgt_langs, strict=True)]
@@ -228,7 +231,7 @@ class CrossLoRA(nn.Module):
         moves = a_rows, [a_places[row] for row in b_rows], b_places
         device = next(self.parameters()).device
         moves = [None if rows == list(range(len(routes))) else torch.tensor(rows, device=device) for rows in moves]
-        return [{name: LowRank(bank, (a_names, b_names), moves, self.alpha / self.rank, dtype, before and before[i][name]) for name, bank in layer.items()}
+        return [{name: LowRank(bank, (a_names, b_names), moves, self.alpha / self.rank, dtype, before and before[i].pop(name)) for name, bank in layer.items()}
                 for i, layer in enumerate(self.layers)]
 
     def stacked(self, dtype, experts=None):

@@ -100,14 +100,15 @@ def decode(lm, adapter, dtype, queue, stop_ids, batch_size):
     stacked = adapter.stacked(dtype) if gpu and adapter is not None and not adapter.learned else None
     every = adapter((), (), dtype) if gpu and adapter is not None and adapter.learned else None  # once, since a record keeps to its memory
 
-    def experts(rows, T=1):
-        """(places, lora) for `rows` of T tokens; places are () if lora is bound to them."""
+    def experts(rows, T=None):
+        """(places, lora) for a step of `rows`, or for their prompts of T tokens. places: EveryExpert's (own, mask), which a recorded step
+        takes as input; () where lora alone says all."""
         langs = [row.src_lang for row in rows], [row.tgt_lang for row in rows]
         if adapter is None or every is not None:
             return (), every
         if stacked is None:  # a prompt's tokens are enough for products of their own
-            return (), adapter(*langs, dtype) if T > 1 else adapter.grouped(*langs, dtype, lora)
-        places = adapter.places(*langs, [T] * len(rows), dtype)
+            return (), adapter(*langs, dtype) if T else adapter.grouped(*langs, dtype, lora)
+        places = adapter.places(*langs, [T or 1] * len(rows), dtype)
         return places, adapter.by_token(stacked, places)
 
     def read(part):
@@ -115,7 +116,7 @@ def decode(lm, adapter, dtype, queue, stop_ids, batch_size):
         ends = torch.tensor([[len(rows[b].prompt) - 1] for b in part], device=device)  # (b, 1)
         prompts = pad_sequence([torch.tensor(rows[b].prompt) for b in part], batch_first=True).to(device)  # (b, T), padded on the right
         T, at_rows = prompts.shape[1], torch.tensor(part, device=device)
-        wanted = ends if stacked is None else None  # places are of all T tokens, in the last layer too
+        wanted = ends if stacked is None else None  # each of the T tokens has its mask there, so the last layer can't leave any out
         hidden = lm(prompts, experts([rows[b] for b in part], T)[1], cache=cache, slots=T, wanted=wanted, cached=at_rows)  # (b, 1, D) or (b, T, D)
         hidden = hidden if stacked is None else backbone.pick(hidden, ends)  # (b, 1, D)
         token[at_rows] = lm.head(hidden[:, 0]).argmax(-1)  # (b, V) -> (b,)
@@ -127,7 +128,7 @@ def decode(lm, adapter, dtype, queue, stop_ids, batch_size):
     places, lora, recorded, recorded_slots, cache_slots, aside = None, None, None, 0, 0, torch.cuda.Stream() if gpu else None
     while rows:
         if fresh:
-            places = None  # of all rows, once they decode
+            places = None  # out of date: the next step finds them anew, for all rows
             fresh.sort(key=lambda b: -len(rows[b].prompt))
             most = min(PROMPTS[device.type], max(1, 2**14 // len(rows[fresh[0]].prompt)))  # the memory of a pass stays small
             for i in range(0, len(fresh), most):
@@ -138,7 +139,7 @@ def decode(lm, adapter, dtype, queue, stop_ids, batch_size):
             at = [0 if row.finish else len(row.prompt) + len(row.out) - 1 for row in rows]  # where each row's last token stands
             slots, at = max(at) + 1, torch.tensor(at, device=device)
             if gpu and (not recorded_slots // 2 < max(slots, 64) <= recorded_slots or cache_slots != cache.k[0].shape[2]):
-                slots = recorded_slots = -(-slots // 64) * 64  # it was recorded for too few, far too many, or a cache that has moved
+                slots = recorded_slots = -(-slots // 64) * 64  # no record yet, or for too few slots, for twice those needed, for a cache that has moved
                 cache.reserve(slots)
                 recorded, cache_slots = Recorded(aside, step, token, at, *places), cache.k[0].shape[2]
             token = (recorded or step)(token, at, *places)

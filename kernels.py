@@ -1,4 +1,4 @@
-"""The pieces of arithmetic that decide the speed; tests hold each against plain torch.
+"""The pieces of arithmetic that decide the speed, and how rows are dealt to it; tests hold each against plain torch.
 
 N tokens (of the loss: target tokens), P passes (R-Drop has two), D hidden, R rank, V vocabulary; a weight is (D_out, D_in). In
 attention B batch rows, H query heads, G key/value heads, W queries and S keys a row, K head dimension.
@@ -66,7 +66,8 @@ def kept(x, p):
     generator takes half the time of torch's on a CPU; torch's gives the seed."""
     bits = np.random.SFC64(int(torch.randint(2**62, ()))).random_raw(-(-x.numel() // 4)).view(np.int16)
     mask = torch.from_numpy(bits)[: x.numel()].view(x.shape)
-    return mask.ge_(min(round(p * 2**16), 2**16 - 1) - 2**15).to(x.device, torch.int8)  # in place: a comparison into bool takes fifteen times as long
+    # Of int16's 2^16 values, which start at -2^15, a share of p lies below the limit. In place: a comparison into bool takes fifteen times as long.
+    return mask.ge_(min(round(p * 2**16), 2**16 - 1) - 2**15).to(x.device, torch.int8)
 
 
 class Adapted(torch.autograd.Function):
@@ -119,17 +120,17 @@ def split_or_none(x, sizes):
 
 def blocks(names, had=()):
     """Deal rows to blocks of one size, each of one expert, given the expert of every row: (expert of each block, row of
-    each place in the blocks, place of each row). A block that is not full repeats one of its rows. Where a block's expert `had` one before,
-    it stays there if it can."""
+    each place in the blocks, place of each row). A block that is not full repeats one of its rows. had: the experts of the blocks
+    before; one that is wanted again gets its old block, unless there are too few blocks now."""
     own = {}
     for row, name in enumerate(names):
         own.setdefault(name, []).append(row)
-    size = -(-len(names) // len(own))  # as many experts as rows: every row is a block
+    size = -(-len(names) // len(own))
     dealt = {name: [rows[i : i + size] for i in range(0, len(rows), size)] for name, rows in own.items()}
     count = sum(map(len, dealt.values()))
-    stay = [(dealt[name].pop(), name) if dealt.get(name) else None for name in had[:count]]
+    stay = [(dealt[name].pop(), name) if dealt.get(name) else None for name in [*had, *[None] * count][:count]]
     rest = iter(sorted((rows, name) for name, each in dealt.items() for rows in each))
-    found = [block or next(rest) for block in stay + [None] * (count - len(stay))]
+    found = [block or next(rest) for block in stay]
     places = [row for rows, _ in found for row in rows + rows[:1] * (size - len(rows))]
     place = {row: i for i, row in enumerate(places)}
     return tuple(name for _, name in found), places, [place[row] for row in range(len(names))]
@@ -267,7 +268,8 @@ class HeadLoss(torch.autograd.Function):
             for z, y in zip(logits.split(block), targets.split(block)):
                 y = y[:, None]  # (n,) -> (n, 1)
                 p = z.softmax(-1, dtype=torch.float32)
-                top, best = z.amax(-1, keepdim=True).float(), p.amax(-1, keepdim=True).log_()  # (n, P, 1): log p is z - top + best, taken where it is needed only
+                # The greatest logit and its log p: any other's is z - top + best, and in this order small losses are not rounded away.
+                top, best = z.amax(-1, keepdim=True).float(), p.amax(-1, keepdim=True).log_()  # (n, P, 1)
                 nll += (top - z.gather(-1, y[:, None].expand(-1, P, 1)) - best).sum() / P  # eq. 6 for one pass, eq. 8 for two
                 if P == 2:
                     p1, p2 = p.unbind(1)  # (n, V) each
@@ -277,7 +279,7 @@ class HeadLoss(torch.autograd.Function):
                     kl += (kl1 + kl2).sum() / 2  # eq. 7
                 if not wanted:
                     continue
-                # Twice the gradient of eq. 9 by the logits of pass 1, but for the labels: p1 + alpha (p1 (d - kl1) + p1 - p2).
+                # P times eq. 9's gradient by the logits, without the label's -1: of pass 1 p1 + alpha (p1 (d - kl1) + p1 - p2), of pass 2 the same, exchanged.
                 parts = p.unbind(1) if P == 1 else (torch.add(1 + alpha - alpha * kl1, d, alpha=alpha).mul_(p1).sub_(p2, alpha=alpha),
                                                     torch.sub(1 + alpha - alpha * kl2, d, alpha=alpha).mul_(p2).sub_(p1, alpha=alpha))
                 for i, part in enumerate(parts):

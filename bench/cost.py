@@ -26,7 +26,7 @@ def main():
     parser = bench_parser(__doc__)
     parser.add_argument("--pairs", type=int, default=32, help="in training: the effective batch")
     parser.add_argument("--sentences", type=int, default=256, help="in decoding")
-    parser.add_argument("--batch-size", type=int, default=128, help="in decoding, as of generate.py")
+    parser.add_argument("--batch-size", type=int, default=128, help="places in decoding, generate.py's default; waiting sentences take those of ended ones")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     device, dtype = device_and_dtype("auto")

@@ -21,7 +21,8 @@ def tables():
               *(f"{r['peak_mib'][name]:,}" if name in r["peak_mib"] else "-" for name in ("ours", "usual", "tuned")), str(r["pairs"])] for r in read("train")]
     decode = [[size(r), str(r["sentences_per_s"]["ours"]), str(r["output_tokens_per_s"]["ours"]), ratio(r.get("ratio_usual")), ratio(r.get("ratio_sorted")),
                f"{r['utilisation']:.0%}", str(r["count"])] for r in read("generate")]
-    cost = [[f"{what}, {size(r)}", *(f"{value['median'] - 1:+.1%} ({value['min'] - 1:+.1%} to {value['max'] - 1:+.1%})" for value in r[what].values())]
+    where = lambda r, what: f"{r['pairs']} pairs" if what == "training" else f"{r['count']} sentences in {r['batch_size']} places"
+    cost = [[f"{what}, {size(r)}, {where(r, what)}", *(f"{value['median'] - 1:+.1%} ({value['min'] - 1:+.1%} to {value['max'] - 1:+.1%})" for value in r[what].values())]
             for r in read("cost") for what in ("training", "decoding")]
     return (markdown(["size", "ours, tokens/s", "over the usual peer", "over the tuned peer", "of the product's rate", "peak MiB with model, ours", "usual", "tuned", "pairs"], train) + "\n"
             + markdown(["size", "ours, sentences/s", "new tokens/s", "over the usual peer", "over the sorted peer", "of the product's rate", "sentences"], decode) + "\n"

@@ -53,7 +53,7 @@ def test_recorded_steps_give_what_rows_give_alone(checkpoint, variant):
     """Rows of different prompts and limits that take over places, steps recorded several times: each row gets what the CPU gives it alone."""
     lm = backbone.load(checkpoint)
     adapter = None if variant is None else randomise(CrossLoRA(lm.cfg, list(LANGUAGES), rank=4, alpha=8, variant=variant))
-    make = lambda: [Row(i, list(range(5, 8 + 7 * (i % 5))), *(("de", "zh"), ("en", "is"), ("ru", "en"))[i % 3], 1 + (11 * i) % 83) for i in range(24)]
+    make = lambda: [Row(i, list(range(5, 6 + 7 * (i % 5))), *(("de", "zh"), ("en", "is"), ("ru", "en"))[i % 3], 1 + (11 * i) % 83) for i in range(24)]
     alone = {row.key: row.out for single in make() for row in decode(lm, adapter, torch.float32, iter([single]), (), 1)}
     on_gpu = backbone.load(checkpoint, GPU)
     rows = list(decode(on_gpu, adapter and adapter.to(GPU), torch.float32, iter(make()), (), 8))
