@@ -204,15 +204,16 @@ def now(device):
 
 
 def alternate(runs, repeats, device, each=None):
-    """Seconds of each named function, run in turn `repeats` times after one warm-up each: {name: [seconds, ...]}. `each` is called
-    after every turn."""
+    """Seconds of each named function, run in turn `repeats` times after one warm-up each: {name: [seconds, ...]}. Every turn is begun by
+    another, since what ran before leaves its caches and heap; `each` is called after every turn."""
     for run in runs.values():
         run()
     times = {name: [] for name in runs}
-    for _ in range(repeats):
-        for name, run in runs.items():
+    for turn in range(repeats):
+        first = turn % len(runs)
+        for name in [*runs][first:] + [*runs][:first]:
             started = now(device)
-            run()
+            runs[name]()
             times[name].append(now(device) - started)
         if each:
             each()
