@@ -118,7 +118,7 @@ def split_or_none(x, sizes):
     return [None] * len(sizes) if x is None else x.split(sizes)
 
 
-def blocks(names, had=()):
+def blocks(names, had):
     """Deal rows to blocks of one size, each of one expert, given the expert of every row: (expert of each block, row of
     each place in the blocks, place of each row). A block that is not full repeats one of its rows. had: the experts of the blocks
     before; one that is wanted again gets its old block, unless there are too few blocks now."""

@@ -108,8 +108,8 @@ def main():
     short = [i for i in by_length if limits[i] <= 48]
     some = short[:: max(1, len(short) // 16)]
     agreed, mine = peer_decode(peer.eval(), prompts, limits, some, 32, device), ours(True, torch.float32, some)
-    apart = {i: next((n for n, (a, b) in enumerate(zip(agreed[i], mine[i])) if a != b), min(len(agreed[i]), len(mine[i]))) for i in some if agreed[i] != mine[i]}
-    assert not apart, f"greedy outputs of {len(some)} sentences differ: {{sentence: its first new token that does}} {apart}"
+    apart = {i: (agreed[i], mine[i]) for i in some if agreed[i] != mine[i]}
+    assert not apart, f"{len(apart)} of {len(some)} greedy outputs differ, {{sentence: (the peer's, ours)}}: {apart}"
     if dtype != torch.float32:
         lower([*lm.parameters(), *adapter.parameters(), *peer.parameters()], dtype)
         lm.pack()  # anew, in that dtype
