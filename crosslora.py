@@ -5,7 +5,7 @@
 
 Every adapted projection holds a bank of A matrices (R x D_in) and a bank of B matrices (D_out x R). A router turns a
 sequence's (source, target) into one expert of each bank; only MoLoRA (top-k) learns it, from each token. B batch rows,
-T tokens, R rank, n experts of a learned router.
+T tokens, N of them in all rows, R rank, n experts of A (m of B) present, or of a learned router.
 """
 
 import argparse
@@ -77,8 +77,8 @@ class PerRow:
 
 
 class LowRank:
-    """As PerRow for decoding, x (rows, T, D_in) -> (rows, T, D_out): rows of one expert are put together in blocks of S rows, so that an
-    expert is read once a block and not once a row.
+    """As PerRow for decoding, where a token is a row, x (1, N, D_in) -> (1, N, D_out): rows of one expert are put together in blocks of s,
+    so that an expert is read once a block and not once a row.
 
     A (a, R, D_in), B (b, D_out, R): a block's expert. moves: three row indices (None: as they stand), from rows into A's blocks, across to B's,
     and back; see kernels.blocks.
@@ -93,29 +93,29 @@ class LowRank:
 
     def __call__(self, projection, x):
         move = lambda x, rows: x if rows is None else x.index_select(0, rows)
-        T, (into, across, back) = x.shape[1], self.moves
-        h = move(x, into).view(len(self.A), -1, x.shape[-1])  # (rows, T, D_in) -> (a, S*T, D_in)
-        h = torch.bmm(h, self.A.transpose(1, 2)) * self.scale  # A_src x: (a, S*T, D_in) x (a, D_in, R) -> (a, S*T, R)
-        h = move(h.view(-1, T, h.shape[-1]), across).view(len(self.B), -1, h.shape[-1])  # -> (b, S*T, R), S now of B's blocks
-        y = torch.bmm(h, self.B.transpose(1, 2))  # eq. 4: (b, S*T, R) x (b, R, D_out) -> (b, S*T, D_out)
-        return projection(x, move(y.view(-1, T, y.shape[-1]), back))  # (b, S*T, D_out) -> (rows, T, D_out)
+        into, across, back = self.moves
+        h = move(x[0], into).view(len(self.A), -1, x.shape[-1])  # (N, D_in) -> (a*s, D_in) -> (a, s, D_in)
+        h = torch.bmm(h, self.A.transpose(1, 2)) * self.scale  # A_src x: (a, s, D_in) x (a, D_in, R) -> (a, s, R)
+        h = move(h.flatten(0, 1), across).view(len(self.B), -1, h.shape[-1])  # (a*s, R) -> (b*s, R) -> (b, s, R), s now of B's blocks
+        y = torch.bmm(h, self.B.transpose(1, 2))  # eq. 4: (b, s, R) x (b, R, D_out) -> (b, s, D_out)
+        return projection(x, move(y.flatten(0, 1), back)[None])  # (b, s, D_out) -> (b*s, D_out) -> (1, N, D_out)
 
 
 class EveryExpert:
     """As PerRow on a GPU, for tokens of any rows: all experts present meet all tokens, and each token keeps its own. A GPU reads x as fast
     for a hundred columns as for sixteen, and a launch for every expert would cost more.
 
-    A (n*R, D_in), B (D_out, m*R): all experts side by side. own (N, m*R): the columns where a token's A_src x stands, m times over; mask (N, m*R): 1 in the
-    R columns of its B_tgt, else 0.
+    A (n*R + R, D_in), B (D_out, m*R): all experts side by side, after A's one of zeros. own (N, m*R): the columns where a token's A_src x stands in
+    the place of its B_tgt, and those of zeros in the others'.
     """
 
-    def __init__(self, A, B, own, mask, scale, dropout):
-        self.A, self.B, self.own, self.mask, self.scale, self.dropout = A, B, own, mask, scale, dropout
+    def __init__(self, A, B, own, scale, dropout):
+        self.A, self.B, self.own, self.scale, self.dropout = A, B, own, scale, dropout
 
     def __call__(self, projection, x):
         flat = x.flatten(0, -2)  # (..., D_in) -> (N, D_in)
-        h = F.linear(F.dropout(flat, self.dropout, training=self.dropout > 0), self.A)  # (N, D_in) x (D_in, n*R) -> (N, n*R)
-        h = h.gather(1, self.own) * self.mask  # (N, n*R) -> (N, m*R)
+        h = F.linear(F.dropout(flat, self.dropout, training=self.dropout > 0), self.A)  # (N, D_in) x (D_in, n*R + R) -> (N, n*R + R)
+        h = h.gather(1, self.own)  # (N, n*R + R) -> (N, m*R)
         y = F.linear(flat, projection.weight, projection.bias).addmm_(h, self.B.t(), alpha=self.scale)  # eqs. 1, 4: (N, m*R) x (m*R, D_out)
         return y.view(*x.shape[:-1], -1)  # (N, D_out) -> (..., D_out)
 
@@ -199,12 +199,12 @@ class CrossLoRA(nn.Module):
         """Names of the experts of A and B for a direction. Not defined where tokens are routed."""
         return ROUTES[self.variant](self.group[src_lang], self.group[tgt_lang])
 
-    def forward(self, src_langs, tgt_langs, dtype=torch.float32, dropout=False, counts=None, last=None, together=None):
+    def forward(self, src_langs, tgt_langs, dtype=torch.float32, dropout=False, counts=None, last=None, together=None, stacked=None):
         """The experts of each row: a list over layers of {projection: PerRow, EveryExpert or RoutedLowRank}.
 
-        src_langs, tgt_langs: B language codes. dtype: that of the backbone's activations. Gradients reach the
-        experts present and no others. counts: how many tokens of each row stand one after another, and last: how many of them in the last layer,
-        if not all; without counts the rows are of one length, whatever it is. together: EveryExpert, which needs counts; default: on a GPU, with counts.
+        src_langs, tgt_langs: B language codes. dtype: that of the backbone's activations. Gradients reach the experts present and no others. counts: how many tokens
+        of each row stand one after another, and last: how many of them in the last layer, if not all; without counts the rows are of one length, whatever it is.
+        together: EveryExpert, which needs counts; default: on a GPU, with counts. stacked: of all experts, if that is at hand.
         """
         scale, p, last = self.alpha / self.rank, self.dropout if dropout else 0.0, last or counts
         if self.learned:
@@ -212,8 +212,8 @@ class CrossLoRA(nn.Module):
             return self._each_bank(lambda bank: RoutedLowRank(every(bank.lora_A), every(bank.lora_B), bank.router, self.top_k, scale, p))
         routes = [self.route(s, t) for s, t in zip(src_langs, tgt_langs, strict=True)]
         if together or together is None and counts is not None and next(self.parameters()).is_cuda:
-            present = [sorted(set(side)) for side in zip(*routes)]
-            stacked, everywhere, there = self.stacked(dtype, present), *(self.places(src_langs, tgt_langs, n, dtype, present) for n in (counts, last))
+            present = None if stacked else [sorted(set(side)) for side in zip(*routes)]
+            stacked, everywhere, there = stacked or self.stacked(dtype, present), *(self.places(src_langs, tgt_langs, n, present) for n in (counts, last))
             return self.by_token(stacked[:-1], everywhere, dropout) + self.by_token(stacked[-1:], there, dropout)
         everywhere, there = ([runs(names, n or [1] * len(routes)) for names in zip(*routes)] for n in (counts, last))
         *others, end = self.layers
@@ -237,20 +237,20 @@ class CrossLoRA(nn.Module):
     def stacked(self, dtype, experts=None):
         """Experts as EveryExpert takes them, `experts` of A and B or all: a list over layers of {projection: (A, B)}."""
         a, b = experts or self.experts
-        join = lambda bank, names, dim: torch.cat([bank[name] for name in names], dim).to(dtype)
-        return self._each_bank(lambda bank: (join(bank.lora_A, a, 0), join(bank.lora_B, b, 1)))
+        join = lambda bank, names, dim, *more: torch.cat([*(bank[name] for name in names), *more], dim).to(dtype)
+        return self._each_bank(lambda bank: (join(bank.lora_A, a, 0, torch.zeros_like(bank.lora_A[a[0]])), join(bank.lora_B, b, 1)))
 
-    def places(self, src_langs, tgt_langs, counts, dtype, experts=None):
-        """EveryExpert's (own, mask) for rows of `counts` tokens one after another, among `experts` or all."""
+    def places(self, src_langs, tgt_langs, counts, experts=None):
+        """EveryExpert's `own` for rows of `counts` tokens one after another, among `experts` or all."""
         R, (a, b) = self.expert_rank, experts or self.experts
         routes, device = [self.route(s, t) for s, t in zip(src_langs, tgt_langs, strict=True)], next(self.parameters()).device
         src, tgt = (torch.tensor([names.index(route[i]) for route in routes]).repeat_interleave(torch.tensor(counts))[:, None] for i, names in enumerate((a, b)))  # (N, 1)
         column = torch.arange(len(b) * R)
-        return (src * R + column % R).to(device), (column // R == tgt).to(device, dtype)
+        return torch.where(column // R == tgt, src * R, len(a) * R).add_(column % R).to(device)
 
-    def by_token(self, stacked, places, dropout=False):
+    def by_token(self, stacked, own, dropout=False):
         """As forward, from what stacked() and places() give: a list over layers of {projection: EveryExpert}."""
-        return [{name: EveryExpert(*experts, *places, self.alpha / self.rank, self.dropout if dropout else 0.0) for name, experts in layer.items()} for layer in stacked]
+        return [{name: EveryExpert(*experts, own, self.alpha / self.rank, self.dropout if dropout else 0.0) for name, experts in layer.items()} for layer in stacked]
 
     def _each_bank(self, update, layers=None):
         return [{name: update(bank) for name, bank in layer.items()} for layer in (self.layers if layers is None else layers)]

@@ -4,7 +4,7 @@
     python generate.py --adapter runs/stage2/adapter --src de --tgt is < lines.txt
     python generate.py --adapter runs/stage2/adapter --input pairs.jsonl --output translated.jsonl
 
-Also the module by which pivot.py and evaluate.py translate. B batch rows, T tokens, D hidden, V vocabulary.
+Also the module by which pivot.py and evaluate.py translate. B rows in decoding, n whose prompts are read, T tokens of those, D hidden, V vocabulary.
 """
 
 import argparse
@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import model as backbone
@@ -26,11 +25,11 @@ from crosslora import load_adapter, read_description
 from data import FORMATS, LANGUAGES, Tokenizer, read_jsonl
 from devices import add_device_arguments, device_and_dtype, init_distributed
 from files import UserError, at_least, check_output, file_sha256, resolve, run_main, write_jsonl
-from kernels import Recorded
+from kernels import Recorded, Rows
 
-PROMPTS = {"cpu": 16, "cuda": 256}  # read together: wide enough for the products, on a GPU enough to outlast the launches
+PROMPTS = {"cpu": 2**10, "cuda": 2**14}  # tokens of prompts read together: wide enough for the products, little memory
 SLOTS = {"cpu": 2**17, "cuda": 2**18}  # of the cache, all rows together: 16 GiB for 2**17 of Llama-3-8B in bf16
-REFILL = {"cpu": 8, "cuda": 2}  # waiting rows are read when one in so many places is free: on a GPU a pass costs as much as ten steps
+REFILL = {"cpu": 8, "cuda": 4}  # waiting rows are read when one in so many places is free: on a GPU a pass costs two steps at least
 
 
 class Engine(NamedTuple):
@@ -88,7 +87,8 @@ def decode(lm, adapter, dtype, queue, stop_ids, batch_size):
     """Greedy continuation of the Rows of `queue`, an iterator, yielded in the order in which they end.
 
     At most `batch_size` are decoded together, fewer if the longest of the first would make the cache too large. When an
-    eighth (a half on a GPU) has ended, waiting ones take their places. A row keeps its own positions and limit, whatever its company.
+    eighth (a quarter on a GPU) has ended, waiting ones take their places. A row keeps its own positions and limit, whatever its
+    company; keys and values of what its prompt begins with, like an earlier one of its direction, are copied from there.
     """
     device = lm.inv_freq.device
     rows = list(itertools.islice(queue, batch_size))  # by place in the batch of B; where one has ended the place is free
@@ -99,50 +99,52 @@ def decode(lm, adapter, dtype, queue, stop_ids, batch_size):
     gpu = device.type == "cuda"  # there a step is recorded and all experts are at hand, so that it takes any rows
     stacked = adapter.stacked(dtype) if gpu and adapter is not None and not adapter.learned else None
     every = adapter((), (), dtype) if gpu and adapter is not None and adapter.learned else None  # once, since a record keeps to its memory
+    direction = lambda b: (rows[b].src_lang, rows[b].tgt_lang)
+    languages = lambda places: zip(*map(direction, places))  # (src_langs, tgt_langs)
 
-    def experts(rows, T=None):
-        """(places, lora) for a step of `rows`, or for their prompts of T tokens. places: EveryExpert's (own, mask), which a recorded step
-        takes as input; () where lora alone says all."""
-        langs = [row.src_lang for row in rows], [row.tgt_lang for row in rows]
-        if adapter is None or every is not None:
-            return (), every
-        if stacked is None:  # a prompt's tokens are enough for products of their own
-            return (), adapter(*langs, dtype) if T else adapter.grouped(*langs, dtype, lora)
-        places = adapter.places(*langs, [T or 1] * len(rows), dtype)
-        return places, adapter.by_token(stacked, places)
+    def read(part, known):
+        """Prompts of the rows at places `part` go into the cache, first new tokens into `token`. known: for directions a place whose prompt is there."""
+        at_rows = torch.tensor(part, device=device)
+        like = [known.get(direction(b), b) for b in part]
+        had = [0 if a == b else len(os.path.commonprefix([rows[a].prompt, rows[b].prompt[:-1]])) for a, b in zip(like, part)]  # works on ids too
+        cache.reserve(max(len(rows[b].prompt) + min(len(rows[b].prompt), rows[b].room) for b in part))
+        cache.copy(torch.tensor(like, device=device), at_rows, max(had))
+        new = [rows[b].prompt[n:] for b, n in zip(part, had)]
+        these = Rows.of([*map(len, new)], device, had, at_rows)
+        lora = every or adapter and adapter(*languages(part), dtype, counts=these.lengths, last=[1] * len(part), stacked=stacked)
+        hidden = lm(torch.tensor([[*itertools.chain(*new)]], device=device), lora, these, cache, these.starts[None, 1:] - 1)  # (1, T) -> (1, n, D)
+        token[at_rows] = lm.head(hidden[0]).argmax(-1)  # (n, V) -> (n,)
 
-    def read(part):
-        """The prompts of the rows at places `part` go into the cache, and their first new tokens into `token`."""
-        ends = torch.tensor([[len(rows[b].prompt) - 1] for b in part], device=device)  # (b, 1)
-        prompts = pad_sequence([torch.tensor(rows[b].prompt) for b in part], batch_first=True).to(device)  # (b, T), padded on the right
-        T, at_rows = prompts.shape[1], torch.tensor(part, device=device)
-        wanted = ends if stacked is None else None  # each of the T tokens has its mask there, so the last layer can't leave any out
-        hidden = lm(prompts, experts([rows[b] for b in part], T)[1], cache=cache, slots=T, wanted=wanted, cached=at_rows)  # (b, 1, D) or (b, T, D)
-        hidden = hidden if stacked is None else backbone.pick(hidden, ends)  # (b, 1, D)
-        token[at_rows] = lm.head(hidden[:, 0]).argmax(-1)  # (b, V) -> (b,)
+    def step(token, at, *own):
+        these = Rows([1] * len(token), torch.arange(len(token) + 1, dtype=torch.int32, device=device), at[None])
+        hidden = lm(token[None], adapter.by_token(stacked, *own) if own else lora, these, cache)  # (1, B, D)
+        return lm.head(hidden[0]).argmax(-1)  # (B, V) -> (B,)
 
-    def step(token, at, *places):
-        hidden = lm(token[:, None], adapter.by_token(stacked, places) if places else lora, at[:, None], cache, slots)  # (B, 1, D)
-        return lm.head(hidden[:, 0]).argmax(-1)  # (B, V) -> (B,)
-
-    places, lora, recorded, recorded_slots, cache_slots, aside = None, None, None, 0, 0, torch.cuda.Stream() if gpu else None
+    own, lora, recorded, shape, aside = None, None, None, None, torch.cuda.Stream() if gpu else None
     while rows:
         if fresh:
-            places = None  # out of date: the next step finds them anew, for all rows
+            own = None  # out of date: the next step finds them anew, for all rows
             fresh.sort(key=lambda b: -len(rows[b].prompt))
-            most = min(PROMPTS[device.type], max(1, 2**14 // len(rows[fresh[0]].prompt)))  # the memory of a pass stays small
-            for i in range(0, len(fresh), most):
-                read(fresh[i : i + most])
+            known = {direction(b): b for b in set(range(len(rows))).difference(fresh) if not rows[b].finish}
+            first = {direction(b): b for b in reversed(fresh) if direction(b) not in known}  # the longest of each direction is read whole, then the others
+            for some in first.values(), [b for b in fresh if first.get(direction(b)) != b]:
+                sums = itertools.accumulate(len(rows[b].prompt) for b in some)
+                for _, part in itertools.groupby(zip(some, sums), key=lambda x: x[1] // PROMPTS[device.type]):
+                    read([b for b, _ in part], known)
+                known |= first
         else:
-            if places is None:
-                places, lora = experts(rows)
+            if own is None:
+                langs = [*languages(range(len(rows)))]
+                own = [] if stacked is None else [adapter.places(*langs, [1] * len(rows))]  # a recorded step's input
+                lora = adapter.grouped(*langs, dtype, lora) if adapter is not None and not gpu else every
             at = [0 if row.finish else len(row.prompt) + len(row.out) - 1 for row in rows]  # where each row's last token stands
-            slots, at = max(at) + 1, torch.tensor(at, device=device)
-            if gpu and (not recorded_slots // 2 < max(slots, 64) <= recorded_slots or cache_slots != cache.k[0].shape[2]):
-                slots = recorded_slots = -(-slots // 64) * 64  # no record yet, or for too few slots, for twice those needed, for a cache that has moved
-                cache.reserve(slots)
-                recorded, cache_slots = Recorded(aside, step, token, at, *places), cache.k[0].shape[2]
-            token = (recorded or step)(token, at, *places)
+            cache.reserve(max(at) + 1)
+            at = torch.tensor(at, device=device)
+            if gpu and shape != cache.k[0].shape:  # no record yet, or for a cache that has moved
+                recorded, shape = Recorded(aside, step, token, at, *own), cache.k[0].shape
+                token = recorded.first
+            else:
+                token = (recorded or step)(token, at, *own)
         new = token.tolist()
         for row, t in [(rows[b], new[b]) for b in fresh or range(len(rows)) if not rows[b].finish]:
             if t in stop_ids:
@@ -158,10 +160,11 @@ def decode(lm, adapter, dtype, queue, stop_ids, batch_size):
             fresh = free[: len(waiting)]
             for b, row in zip(fresh, waiting):
                 rows[b] = row
-            if not waiting and 5 * len(free) >= len(rows) * (5 if gpu else 1):  # copying the cache pays once a fifth is done, recording anew never
+            one_in = 5 if not gpu else 2 if len(rows) > 64 else 1  # free, and it pays to copy the cache, on a GPU to record anew as well
+            if not waiting and one_in * len(free) >= len(rows):
                 keep = [b for b, row in enumerate(rows) if not row.finish]
-                rows, token, places = [rows[b] for b in keep], token[keep], None
-                cache.select(keep)
+                rows, token, own = [rows[b] for b in keep], token[keep], None
+                cache.each(lambda x: x[keep])
 
 
 def decoding_order(rows):
@@ -232,7 +235,7 @@ def translate_jsonl(engine, rows, out, batch_size, max_new_tokens, ranks, desc):
 
 
 def add_translation_arguments(parser):
-    parser.add_argument("--batch-size", type=int, default=128, help="sentences decoded together; in fp32 it does not change results")
+    parser.add_argument("--batch-size", type=int, default=128, help="sentences decoded together; in fp32 it does not change results. 512 is faster on a GPU of 80 GB")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="longer outputs are cut off and say so")
     add_device_arguments(parser)
 

@@ -1,7 +1,7 @@
 """The pieces of arithmetic that decide the speed, and how rows are dealt to it; tests hold each against plain torch.
 
 N tokens (of the loss: target tokens), P passes (R-Drop has two), D hidden, R rank, V vocabulary; a weight is (D_out, D_in). In
-attention B batch rows, H query heads, G key/value heads, W queries and S keys a row, K head dimension.
+attention B batch rows of T tokens, H query heads, G key/value heads, K head dimension, S slots of a cache, n rows of length L.
 """
 
 import itertools
@@ -202,48 +202,82 @@ class Rows(NamedTuple):
     lengths: list
     starts: torch.Tensor  # int32, one more than rows: where each begins, and the end
     positions: torch.Tensor  # (1, T): of each token in its row
+    places: torch.Tensor | None = None  # each row's in a KVCache; None: no cache, or a row at every place, in order, with as many tokens each
 
     @classmethod
-    def of(cls, lengths, device):
+    def of(cls, lengths, device, before=None, places=None):
+        """before: how many tokens of each row went before these, if any."""
         ends = torch.tensor([0, *lengths]).cumsum(0)
-        positions = torch.arange(int(ends[-1])) - ends[:-1].repeat_interleave(torch.tensor(lengths))
-        return cls(lengths, ends.to(device, torch.int32), positions[None].to(device))
+        first = torch.tensor(before or [0] * len(lengths))
+        positions = torch.arange(int(ends[-1])) + (first - ends[:-1]).repeat_interleave(torch.tensor(lengths))
+        return cls(lengths, ends.to(device, torch.int32), positions[None].to(device), places)
 
 
-def attention(q, k, v, mask=None, rows=None):
-    """q (B, H, W, K), k and v (B, G, S, K) -> (B, H, W, K). A query sees what mask (B, 1, H/G * W, S) says; without one W is S and it
-    sees no later key, and with `rows` (B = 1) none of another row."""
-    if mask is not None:  # a group's heads are so many more queries over the same keys: nothing is copied for each head
-        queries = q.reshape(len(q), k.shape[1], -1, q.shape[-1])  # (B, H, W, K) -> (B, G, H/G * W, K)
-        return F.scaled_dot_product_attention(queries, k, v, attn_mask=mask).reshape(q.shape)
+def runs_of_rows(lengths):
+    """[(length, how many rows of it stand side by side)], and the tokens of each such run: R-Drop's copies at least are equally long."""
+    runs = [(length, len(list(run))) for length, run in itertools.groupby(lengths)]
+    return runs, [length * count for length, count in runs]
+
+
+def below(x, count):
+    """The `count` rows of a run one below the other: (H, n*L, K) -> (H, n, L, K) -> (n, H, L, K)."""
+    return x.unflatten(1, (count, -1)).transpose(0, 1)
+
+
+def attention(q, k, v, rows=None):
+    """q (B, H, T, K), k and v (B, G, T, K) -> (B, H, T, K). A query sees no later key and, with `rows` (B = 1), none of another row."""
     gqa = {"enable_gqa": q.shape[1] != k.shape[1]}
     if rows is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, **gqa)
     if q.is_cuda and q.dtype == torch.bfloat16:
         longest, gqa = max(rows.lengths), gqa if "enable_gqa" in varlen_attn.__kwdefaults__ else {}  # torch 2.11 takes groups unasked
-        y = varlen_attn(*(x[0].transpose(0, 1) for x in (q, k, v)), rows.starts, rows.starts, longest, longest, window_size=(-1, 0), **gqa)  # (S, H, K)
-        return y.transpose(0, 1)[None]  # (S, H, K) -> (1, H, S, K)
-    runs = [(length, len(list(run))) for length, run in itertools.groupby(rows.lengths)]  # rows of one length in a row, R-Drop's copies at least
-    some = zip(*(x[0].split([length * count for length, count in runs], dim=1) for x in (q, k, v)))
-    below = lambda x, count: x.unflatten(1, (count, -1)).transpose(0, 1)  # (H, n*L, K) -> (H, n, L, K) -> (n, H, L, K)
+        y = varlen_attn(*(x[0].transpose(0, 1) for x in (q, k, v)), rows.starts, rows.starts, longest, longest, window_size=(-1, 0), **gqa)  # (T, H, K)
+        return y.transpose(0, 1)[None]  # (T, H, K) -> (1, H, T, K)
+    runs, sizes = runs_of_rows(rows.lengths)
+    some = zip(*(x[0].split(sizes, dim=1) for x in (q, k, v)))
     each = [F.scaled_dot_product_attention(*(below(x, count) for x in run), is_causal=True, **gqa) for run, (_, count) in zip(some, runs)]
     each = [y.transpose(1, 2).flatten(0, 1) for y in each]  # (n, H, L, K) -> (n, L, H, K) -> (n*L, H, K): so they lie in memory already
-    return torch.cat(each).transpose(0, 1)[None]  # (S, H, K) -> (1, H, S, K)
+    return torch.cat(each).transpose(0, 1)[None]  # (T, H, K) -> (1, H, T, K)
+
+
+def cached_attention(q, k, v, rows, begins, filled):
+    """The same for the newest tokens of rows, q (1, H, T, K), over all that a cache has of these rows, themselves included: k, v (places, S, G, K).
+    int32: begins (n+1,), the first slot of each row among those of all places (the last is there for the kernel, and not read), and filled (n,), how many of its slots are."""
+    longest = max(rows.lengths)
+    if q.is_cuda and q.dtype == torch.bfloat16:  # varlen_attn, but torch 2.11's has no seqused_k yet
+        y = torch.ops.aten._flash_attention_forward(q[0].transpose(0, 1), k.flatten(0, 1), v.flatten(0, 1), rows.starts, begins, longest, k.shape[1],
+                                                    0.0, longest > 1, False, seqused_k=filled)[0]
+        return y.transpose(0, 1)[None]  # (T, H, K) -> (1, H, T, K)
+    S, G = k.shape[1] if q.is_cuda else int(filled.max()), k.shape[2]  # a recorded step can't ask for the greatest
+    k, v = k[:, :S], v[:, :S]
+    (runs, sizes), each, done = runs_of_rows(rows.lengths), [], 0
+    for (length, count), x, at in zip(runs, q[0].split(sizes, dim=1), rows.positions[0].split(sizes)):
+        mine = [x if rows.places is None else x[rows.places[done : done + count]] for x in (k, v)]  # (n, S, G, K)
+        queries = below(x, count).reshape(count, G, -1, q.shape[-1])  # a group's heads are so many more queries over the same keys: (n, H, L, K) -> (n, G, H/G * L, K)
+        mask = (torch.arange(S, device=q.device) <= at.view(count, 1, length, 1)).repeat(1, 1, q.shape[1] // G, 1)  # (n, 1, L, S) -> (n, 1, H/G * L, S)
+        y = F.scaled_dot_product_attention(queries, *(x.transpose(1, 2) for x in mine), attn_mask=mask)  # (n, G, H/G * L, K)
+        each.append(y.reshape(count, -1, length, q.shape[-1]).transpose(1, 2).flatten(0, 1))  # -> (n, H, L, K) -> (n, L, H, K) -> (n*L, H, K)
+        done += count
+    return torch.cat(each).transpose(0, 1)[None]  # (T, H, K) -> (1, H, T, K)
 
 
 class Recorded:
     """function(*tensors) -> tensor as a CUDA graph: recorded once, then its kernels start without Python, which for a few tokens
-    takes longer than they do. Shapes stay what they were, as does all memory that the function finds for itself; the result is overwritten by the next call."""
+    takes longer than they do. Shapes stay what they were, as does all memory that the function finds for itself; the result is overwritten by the next call.
+    `first` is the result for the inputs at the beginning."""
 
     def __init__(self, aside, function, *inputs):
         """aside: a stream to record on, one for all records, since libraries keep memory for each."""
         self.inputs, self.graph = [x.clone() for x in inputs], torch.cuda.CUDAGraph()
         aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):  # what libraries do at their first call can't be recorded
-            function(*self.inputs)
-        torch.cuda.current_stream().wait_stream(aside)
-        with torch.cuda.graph(self.graph, stream=aside, capture_error_mode="thread_local"):  # NCCL's own thread may go on
+        with torch.cuda.stream(aside):
+            self.first = function(*self.inputs)  # what libraries do at their first call can't be recorded
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()  # of a cache that has moved, too: in a record the allocator can't look for memory again
+            self.graph.capture_begin(capture_error_mode="thread_local")  # NCCL's own thread may go on
             self.output = function(*self.inputs)
+            self.graph.capture_end()
+        torch.cuda.current_stream().wait_stream(aside)
 
     def __call__(self, *inputs):
         for mine, new in zip(self.inputs, inputs, strict=True):

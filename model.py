@@ -1,12 +1,13 @@
 """The frozen backbone: a Llama-3 / Qwen2.5 decoder that loads published checkpoints.
 
-Shapes: B batch, T tokens, S cache slots, D hidden, F feed-forward, V vocabulary, H query heads,
+Shapes: B batch, T tokens, S cache slots, n rows, D hidden, F feed-forward, V vocabulary, H query heads,
 G key/value heads, K head dimension. Parameter names are those of the published safetensors, so
 loading is a strict match by name and shape. RoPE rotates split halves, as the published weights expect.
 An adapter is passed in as an argument (`lora`); this file only knows that it adds to three projections.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -20,7 +21,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from files import UserError, read_json, write_atomic
-from kernels import Rotate, SwiGLU, attention, linear, packed, rms_norm
+from kernels import Rotate, SwiGLU, attention, cached_attention, linear, packed, rms_norm
 
 ROPE_KEYS = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}  # Llama-3.1's
 
@@ -100,7 +101,7 @@ def rope_inv_freq(cfg):
 
 
 def rotate(x, cos, sin):
-    """RoPE on split halves: x (B, heads, T, K), cos and sin (B, T, K/2)."""
+    """RoPE on split halves: x (B, heads, T, K), cos and sin (1, T, K/2)."""
     return Rotate.apply(x, cos[:, None], sin[:, None])
 
 
@@ -130,33 +131,41 @@ class RMSNorm(nn.Module):
 
 
 class KVCache:
-    """Keys and values of B rows. Slot s of a row holds its token at position s: a short prompt is padded on the
-    right, and the pads' slots are overwritten as the row grows, so no row ever sees a pad."""
+    """Keys and values of rows, each at a place of its own of S slots: slot s holds the row's token at position s."""
 
-    def __init__(self, cfg, rows, slots, device, dtype):
-        shape = (rows, cfg.num_key_value_heads, slots, cfg.head_dim)
-        self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(cfg.num_hidden_layers)]
-        self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(cfg.num_hidden_layers)]
+    def __init__(self, cfg, places, slots, device, dtype):
+        shape = (places, slots, cfg.num_key_value_heads, cfg.head_dim)
+        self.k, self.v = ([torch.zeros(shape, device=device, dtype=dtype) for _ in range(cfg.num_hidden_layers)] for _ in "kv")
+
+    def each(self, function):
+        """Replace every layer's keys and values x (places, S, G, K) by function(x), one at a time: old and new together would be twice the cache."""
+        for side in (self.k, self.v):
+            for layer, x in enumerate(side):
+                side[layer] = function(x)
 
     def reserve(self, slots):
         """Make room for at least `slots` slots, and some more, since rows grow by one."""
-        missing = slots - self.k[0].shape[2]
+        missing = slots - self.k[0].shape[1]
         if missing > 0:
-            for side in (self.k, self.v):
-                for layer, x in enumerate(side):  # one at a time: old and new together would be twice the cache
-                    side[layer] = F.pad(x, (0, 0, 0, missing + 63))
+            self.each(lambda x: F.pad(x, (0, 0, 0, 0, 0, missing + 63)))
 
-    def update(self, layer, k, v, positions, slots, rows=None):
-        """Write k, v (B, G, T, K) at `positions` (B, T) of `rows` (B,), or all; return the first `slots` slots of both, (B, G, slots, K)."""
-        rows = (torch.arange(k.shape[0], device=k.device) if rows is None else rows)[:, None]  # (B, 1)
-        self.k[layer][rows, :, positions] = k.transpose(1, 2)  # (B, G, T, K) -> (B, T, G, K)
-        self.v[layer][rows, :, positions] = v.transpose(1, 2)
-        return (k, v) if slots == k.shape[2] else (self.k[layer][:, :, :slots], self.v[layer][:, :, :slots])  # T slots are these T tokens
+    def where(self, rows):
+        """Of a pass over kernels.Rows: the slot of each token among those of all places (T,), and kernels.cached_attention's begins and filled."""
+        places = torch.arange(len(self.k[0]), device=rows.starts.device) if rows.places is None else rows.places
+        begins = places * self.k[0].shape[1]  # (n,)
+        at = begins.repeat_interleave(rows.starts.diff(), output_size=rows.positions.numel()) + rows.positions[0]
+        return at, F.pad(begins, (0, 1)).int(), rows.positions[0, rows.starts[1:] - 1].int() + 1
 
-    def select(self, rows):
-        """Keep only `rows` (indices into B), so that finished sentences cost nothing."""
-        self.k = [k[rows] for k in self.k]
-        self.v = [v[rows] for v in self.v]
+    def update(self, layer, k, v, at):
+        """Write k, v (1, G, T, K) at slots `at`; return all of the layer's, (places, S, G, K)."""
+        for side, x in ((self.k, k), (self.v, v)):
+            side[layer].view(-1, *side[layer].shape[2:]).index_copy_(0, at, x[0].transpose(0, 1))  # (places, S, G, K) -> (places*S, G, K); (G, T, K) -> (T, G, K)
+        return self.k[layer], self.v[layer]
+
+    def copy(self, source, target, slots):
+        """The first `slots` slots of the places `target` become those of `source`, both (n,)."""
+        for x in self.k + self.v:
+            x[target, :slots] = x[source, :slots]
 
 
 class Attention(nn.Module):
@@ -168,17 +177,26 @@ class Attention(nn.Module):
         self.k_proj = Linear(cfg.hidden_size, kv_size, bias=qkv_bias)
         self.v_proj = Linear(cfg.hidden_size, kv_size, bias=qkv_bias)
         self.o_proj = Linear(q_size, cfg.hidden_size, bias=False)
-        self.head_dim = cfg.head_dim
+        self.head_dim, self.heads, self.groups = cfg.head_dim, cfg.num_attention_heads, cfg.num_key_value_heads
 
-    def forward(self, x, cos, sin, store, mask, rows, wanted):
-        """x (B, T, D) -> (B, W, D), the positions `wanted`. store(k, v) puts the new keys and values into the cache and returns
-        all that are there, None without a cache; mask, rows: see kernels.attention."""
+    def join(self):
+        """From here on q_proj, k_proj and v_proj are one product, in which a GPU is less idle where tokens are few."""
+        parts = self.q_proj, self.k_proj, self.v_proj
+        self.qkv_proj = Linear(parts[0].in_features, sum(part.out_features for part in parts), bias=parts[0].bias is not None, device="meta")
+        for name, _ in parts[0].named_parameters():
+            setattr(self.qkv_proj, name, nn.Parameter(torch.cat([getattr(part, name) for part in parts]), requires_grad=False))
+        del self.q_proj, self.k_proj, self.v_proj
+
+    def forward(self, x, cos, sin, attend, wanted):
+        """x (B, T, D) -> (B, W, D), the positions `wanted`. attend(q, k, v): kernels.attention, or over a cache."""
         heads = lambda x: x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, T, H*K) -> (B, T, H, K) -> (B, H, T, K)
-        q = rotate(heads(self.q_proj(x)), cos, sin)  # (B, H, T, K)
-        k, v = rotate(heads(self.k_proj(x)), cos, sin), heads(self.v_proj(x))  # (B, G, T, K)
-        if store is not None:
-            k, v = store(k, v)  # (B, G, S, K)
-        y = attention(q, k, v, mask, rows).transpose(1, 2).flatten(2)  # (B, H, T, K) -> (B, T, H*K)
+        if hasattr(self, "qkv_proj"):
+            qk, v = heads(self.qkv_proj(x)).split([self.heads + self.groups, self.groups], dim=1)  # (B, H+G, T, K), (B, G, T, K)
+            q, k = rotate(qk, cos, sin).split([self.heads, self.groups], dim=1)  # (B, H, T, K), (B, G, T, K)
+        else:
+            q = rotate(heads(self.q_proj(x)), cos, sin)  # (B, H, T, K)
+            k, v = rotate(heads(self.k_proj(x)), cos, sin), heads(self.v_proj(x))  # (B, G, T, K)
+        y = attend(q, k, v).transpose(1, 2).flatten(2)  # (B, H, T, K) -> (B, T, H*K)
         return self.o_proj(pick(y, wanted))  # (B, T, H*K) -> (B, W, H*K) -> (B, W, D)
 
 
@@ -205,8 +223,8 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(cfg)
         self.post_attention_layernorm = RMSNorm(cfg)
 
-    def forward(self, x, cos, sin, store, mask, rows, lora, wanted):
-        x = pick(x, wanted) + self.self_attn(self.input_layernorm(x), cos, sin, store, mask, rows, wanted)
+    def forward(self, x, cos, sin, attend, lora, wanted):
+        x = pick(x, wanted) + self.self_attn(self.input_layernorm(x), cos, sin, attend, wanted)
         return x + self.mlp(self.post_attention_layernorm(x), lora)
 
 
@@ -230,35 +248,26 @@ class CausalLM(nn.Module):
             self.lm_head = Linear(cfg.hidden_size, cfg.vocab_size, bias=False)
         self.register_buffer("inv_freq", rope_inv_freq(cfg), persistent=False)
 
-    def forward(self, tokens, lora=None, positions=None, cache=None, slots=None, wanted=None, rows=None, cached=None):
+    def forward(self, tokens, lora=None, rows=None, cache=None, wanted=None):
         """Hidden states of `tokens` (B, T): all, (B, T, D), or those at `wanted` (B, W), indices into T, (B, W, D).
 
         lora: per layer a dict of functions, (projection, x (B, T, D_in)) -> (B, T, D_out): eq. 1, what the Linear `projection` gives and the
         update of eq. 4 (see crosslora.CrossLoRA); None is the bare backbone.
-        positions: (B, T), default 0..T-1 in every row; others go with a cache. Rows are padded on the right: under the causal mask no
-        token sees what comes after it.
-        cache, slots: with a KVCache, keys and values are stored at `positions` and the first `slots` slots
-        are attended to; slots must exceed the largest position, and T slots are T tokens at positions 0..T-1, which may be of some rows
-        of the cache, `cached` (B,).
-        rows: with B = 1, kernels.Rows that stand one after another in T, so that nothing is padded.
+        rows: with B = 1, kernels.Rows that stand one after another in T, so that nothing is padded. Without it each of B is a row, padded
+        on the right: under the causal mask no token sees what comes after it.
+        cache: with rows, a KVCache with slots enough, which gets the tokens' keys and values; they see what it has of their rows from before.
         """
-        B, T = tokens.shape
-        if positions is None:
-            positions = torch.arange(T, device=tokens.device).expand(B, T) if rows is None else rows.positions
-        angles = positions[..., None].float() * self.inv_freq  # (B, T, K/2)
+        positions = torch.arange(tokens.shape[1], device=tokens.device)[None] if rows is None else rows.positions  # (1, T)
+        angles = positions[..., None].float() * self.inv_freq  # (1, T, K/2)
         x = self.model.embed_tokens(tokens)  # (B, T, D)
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-        group = self.cfg.num_attention_heads // self.cfg.num_key_value_heads
-        mask = store = None
+        attend = functools.partial(attention, rows=rows)
         if cache is not None:
-            cache.reserve(slots)
-            if slots > T:  # a query sees the slots that are not later than it, alike for each head of a group
-                mask = (torch.arange(slots, device=tokens.device) <= positions[:, None, :, None]).repeat(1, 1, group, 1)  # (B, 1, T, S) -> (B, 1, H/G * T, S)
+            at, *spans = cache.where(rows)
         for i, layer in enumerate(self.model.layers):
             if cache is not None:
-                store = lambda k, v, i=i: cache.update(i, k, v, positions, slots, cached)
-            last = layer is self.model.layers[-1]  # no token needs another's states after its attention
-            x = layer(x, cos, sin, store, mask, rows, None if lora is None else lora[i], wanted if last else None)
+                attend = lambda q, k, v, i=i: cached_attention(q, *cache.update(i, k, v, at), rows, *spans)
+            x = layer(x, cos, sin, attend, lora and lora[i], wanted if layer is self.model.layers[-1] else None)  # after its attention no token needs another's states
         return self.model.norm(x)
 
     def head(self, hidden):
@@ -271,12 +280,15 @@ class CausalLM(nn.Module):
         return (self.lm_head.weight, self.lm_head.transposed) if hasattr(self, "lm_head") else (self.model.embed_tokens.weight, None)
 
     def pack(self, training=False):
-        """Lay out all projections as this machine multiplies them fastest (kernels.packed), once; for training their transposes
-        too, in that much memory again. What was packed can't be saved or fingerprinted. A tied head is packed beside the embeddings, which are looked up, and
+        """Lay out all projections as this machine multiplies them fastest (kernels.packed), for decoding with q, k and v in one, once; for training their
+        transposes too, in that much memory again. What was packed can't be saved or fingerprinted. A tied head is packed beside the embeddings, which are looked up, and
         so takes its memory twice or, in training, three times."""
         if self.cfg.tie_word_embeddings:
             self.lm_head = Linear(self.cfg.hidden_size, self.cfg.vocab_size, bias=False, device="meta")
             self.lm_head.weight = self.model.embed_tokens.weight
+        for layer in self.model.layers:
+            if not training and hasattr(layer.self_attn, "q_proj"):
+                layer.self_attn.join()
         for module in self.modules():
             if isinstance(module, Linear):
                 module.transposed = packed(module.weight.t()) if training else None

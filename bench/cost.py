@@ -2,11 +2,12 @@
 
     python bench/cost.py --size S [--repeats 7] [--out bench/results/cost_S.json]
 
-The plain LoRA is the same adapter with every row in one direction, so that all share one expert; then the rows' own directions
-among 6 languages, and random ones among 100. The same sentences, run in turn; training is forward and backward of a batch
-without the optimizer, whose work grows with the experts a batch uses. Prints one JSON line.
+The rows' own directions among 6 languages, and random ones among 100. The plain LoRA is the same adapter on the same rows and directions (which say
+what of a prompt is copied from another's), with one expert of A and one of B for all. Run in turn; training is forward and backward of a batch without the
+optimizer, whose work grows with the experts a batch uses. Prints one JSON line.
 """
 
+import copy
 import itertools
 import random
 from pathlib import Path
@@ -41,25 +42,28 @@ def main():
     prompts, limits = prompts_and_limits(tokenizer, rows)
     settings = training_settings(cfg, device)
     hundred, rng = [f"l{i}" for i in range(100)], random.Random(0)
-    adapters = {len(languages): random_adapter(cfg, languages, device) for languages in (LANGUAGES, hundred)}
-    directions = {
-        "plain LoRA": (6, [("de", "zh")] * len(rows)),
-        "6 languages": (6, [(row["src_lang"], row["tgt_lang"]) for row in rows]),
-        "100 languages": (100, [tuple(rng.sample(hundred, 2)) for _ in rows]),
-    }
+    directions = {"6 languages": (list(LANGUAGES), [(row["src_lang"], row["tgt_lang"]) for row in rows]),
+                  "100 languages": (hundred, [tuple(rng.sample(hundred, 2)) for _ in rows])}
+    adapters = {name: random_adapter(cfg, languages, device) for name, (languages, _) in directions.items()}
 
-    def train_run(lm, count, langs):
+    def plain(adapter):
+        same = copy.copy(adapter)
+        same.experts = [adapter.languages[0]], [adapter.languages[1]]
+        same.route = lambda src_lang, tgt_lang: (adapter.languages[0], adapter.languages[1])
+        return same
+
+    def train_run(lm, adapter, langs):
         batch = [e._replace(src_lang=s, tgt_lang=t) for e, (s, t) in zip(examples, langs)]
 
         def run():
-            adapters[count].zero_grad(set_to_none=True)
-            backward(lm, adapters[count], batch, settings, Ranks(0, 1), dtype)
+            adapter.zero_grad(set_to_none=True)
+            backward(lm, adapter, batch, settings, Ranks(0, 1), dtype)
         return run
 
-    def decode_run(lm, count, langs):
+    def decode_run(lm, adapter, langs):
         def run():
             queue = (Row(i, prompts[i], *langs[i], limits[i]) for i in decoding_order(rows))
-            for _ in decode(lm, adapters[count], dtype, queue, (), args.batch_size):
+            for _ in decode(lm, adapter, dtype, queue, (), args.batch_size):
                 continue
         return run
 
@@ -68,8 +72,9 @@ def main():
         lm = load_both(args.size, folder, args.shared, device, "ours")[0]
         lower(itertools.chain(lm.parameters(), *(adapter.parameters() for adapter in adapters.values() if what == "decoding")), dtype)
         lm.pack(training=what == "training")
-        times = alternate({name: make(lm, *directions[name]) for name in directions}, args.repeats, device)
-        result[what] = {name: ratios(times, name, "plain LoRA") for name in directions if name != "plain LoRA"}
+        runs = {(name, one): make(lm, plain(adapters[name]) if one else adapters[name], langs) for name, (_, langs) in directions.items() for one in (True, False)}
+        times = alternate(runs, args.repeats, device)
+        result[what] = {name: ratios(times, (name, False), (name, True)) for name in directions}
         del lm
     result["machine"] = machine(device)
     report(result, args.out)

@@ -6,7 +6,7 @@ Ours: generate.py's own `decode`, all directions mixed, every row on its own exp
 ended ones. The peer: `generate` with its KV cache and one adapter of peft for all rows (one direction, which favours it),
 padded on the left; the best of batches of 32 and 64, adapter merged and unmerged, on the first --trial sentences: `usual` in the
 order of the sentences, `sorted` by the prompt's length. Random weights don't end a sentence: on both sides a row ends after as many tokens as its
-reference has. On a CPU, fp32, each side has a process of its own; on a GPU both share the frozen weights, compared in fp32 and timed in bf16.
+reference has. On a CPU, fp32, each side has a process of its own; on a GPU both share the frozen weights but for q, k and v, compared in fp32 and timed in bf16.
 Prints one JSON line.
 """
 
@@ -58,6 +58,7 @@ def main():
     parser = bench_parser(__doc__)
     parser.add_argument("--sentences", type=int, default=96)
     parser.add_argument("--trial", type=int, default=64, help="sentences on which the peer's settings are tried; batches of 64 if these are more than 32")
+    parser.add_argument("--alone", type=int, default=0, help="also time ours alone on so many sentences, whose end, when few are left, is a smaller part")
     parser.add_argument("--batch-size", type=int, default=128, help="of ours; the peer's is the better of 32 and 64")
     parser.add_argument("--peers", default="usual,sorted", help="which to measure, '' for ours alone")
     parser.add_argument("--merged-only", action="store_true", help="don't try the unmerged adapter, for want of time: at L it took 2 to 4 times as long")
@@ -65,12 +66,15 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     device, dtype = device_and_dtype("auto")
+    if args.alone and device.type == "cpu":
+        parser.error("--alone is for a GPU")
     folder = Path(args.work) / args.size
     lm, adapter, peer = load_both(args.size, folder, args.shared, device, args.side)
     cfg = backbone.Config.load(folder)
     tokenizer = tokenizer_of(args.size, folder, cfg)
-    rows, source = sentence_rows(args.shared, args.sentences)
-    prompts, limits = prompts_and_limits(tokenizer, rows)
+    every, source = sentence_rows(args.shared, max(args.sentences, args.alone))
+    prompts, limits = prompts_and_limits(tokenizer, every)
+    rows = every[: args.sentences]
     by_length = sorted(range(len(rows)), key=lambda i: -len(prompts[i]))
     orders = {name: {"usual": list(range(len(rows))), "sorted": by_length}[name] for name in args.peers.split(",") if name}
     if lm:
@@ -78,8 +82,8 @@ def main():
         lm.pack()
 
     def ours(one_way=False, dtype=dtype, which=range(len(rows))):
-        order = [i for i in decoding_order(rows) if i in which]
-        langs = [("de", "zh") if one_way else (row["src_lang"], row["tgt_lang"]) for row in rows]
+        order = [i for i in decoding_order(every) if i in which]
+        langs = [("de", "zh") if one_way else (row["src_lang"], row["tgt_lang"]) for row in every]
         queue = (Row(i, prompts[i], *langs[i], limits[i]) for i in order)
         return {row.key: row.out for row in decode(lm, adapter, dtype, queue, (), args.batch_size)}
 
@@ -124,7 +128,7 @@ def main():
     print(tried, file=sys.stderr, flush=True)
     rates = []  # of a large product, after every turn: these machines change their pace
     times = alternate(runs, args.repeats, device, lambda: rates.append(matmul_rate(device, dtype)))
-    tokens, read = sum(limits), sum(map(len, prompts))
+    tokens, read = sum(limits[: len(rows)]), sum(map(len, prompts[: len(rows)]))
     flops = 2 * ((read + tokens) * layer_weights + tokens * cfg.vocab_size * cfg.hidden_size)  # 2 a weight and token, needed or not
     median = lambda name: sorted(times[name])[len(times[name]) // 2]
     result = {"bench": "generate", "size": args.size, "sentences": source, "count": len(rows), "prompt_tokens": read, "output_tokens": tokens, "batch_size": args.batch_size,
@@ -132,6 +136,10 @@ def main():
               **{f"ratio_{name}": ratios(times, name) for name in orders}, "repeats": args.repeats, "peer_seconds": tried,
               "utilisation": round(statistics.median(flops / t / rate for t, rate in zip(times["ours"], rates)), 3), "matmul_gflops": round(statistics.median(rates) / 1e9, 1),
               "agreement": f"{len(some)} of {len(some)} greedy outputs identical", "machine": machine(device)}
+    if args.alone:
+        alone = [sum(limits[: args.alone]) / t for t in alternate({"ours": lambda: ours(which=range(args.alone))}, args.repeats, device)["ours"]]
+        result["alone"] = {"count": args.alone, "output_tokens": sum(limits[: args.alone]),
+                           "output_tokens_per_s": {"median": round(statistics.median(alone), 1), "min": round(min(alone), 1), "max": round(max(alone), 1), "n": len(alone)}}
     report(result, args.out)
 
 

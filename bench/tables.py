@@ -19,8 +19,13 @@ def tables():
     size = lambda r: r["size"] + (f", {r['machine']['device']}" if "NVIDIA" in r["machine"]["device"] else "") + ("" if r["machine"]["allocator"] == "default" else ", tuned allocator")
     train = [[size(r), str(r["tokens_per_s"]["ours"]), ratio(r.get("ratio_usual")), ratio(r.get("ratio_tuned")), f"{r['utilisation']:.0%}",
               *(f"{r['peak_mib'][name]:,}" if name in r["peak_mib"] else "-" for name in ("ours", "usual", "tuned")), str(r["pairs"])] for r in read("train")]
-    decode = [[size(r), str(r["sentences_per_s"]["ours"]), str(r["output_tokens_per_s"]["ours"]), ratio(r.get("ratio_usual")), ratio(r.get("ratio_sorted")),
-               f"{r['utilisation']:.0%}", str(r["count"])] for r in read("generate")]
+    decode = []
+    for r in read("generate"):
+        decode.append([size(r), str(r["sentences_per_s"]["ours"]), str(r["output_tokens_per_s"]["ours"]), ratio(r.get("ratio_usual")), ratio(r.get("ratio_sorted")),
+                       f"{r['utilisation']:.0%}", str(r["count"])])
+        if alone := r.get("alone"):
+            rate = alone["output_tokens_per_s"]["median"]
+            decode.append([f"{size(r)}, ours alone", f"{rate * alone['count'] / alone['output_tokens']:.2f}", str(rate), "-", "-", "-", str(alone["count"])])
     where = lambda r, what: f"{r['pairs']} pairs" if what == "training" else f"{r['count']} sentences in {r['batch_size']} places"
     cost = [[f"{what}, {size(r)}, {where(r, what)}", *(f"{value['median'] - 1:+.1%} ({value['min'] - 1:+.1%} to {value['max'] - 1:+.1%})" for value in r[what].values())]
             for r in read("cost") for what in ("training", "decoding")]

@@ -28,6 +28,19 @@ def test_attention_over_rows_equals_a_loop(heads):
         assert (a.float() - b.float()).norm() < 0.01 * b.float().norm()
 
 
+@pytest.mark.parametrize("groups", [8, 2])
+@pytest.mark.parametrize("lengths, before, places", [([1] * 7, [0, 39, 7, 12, 20, 1, 30], None), ([5, 1, 30, 9, 9], [2, 38, 0, 0, 31], [6, 0, 3, 2, 5])], ids=["step", "prompts"])
+def test_attention_over_a_cache_sees_each_rows_own_slots(lengths, before, places, groups):
+    torch.manual_seed(0)
+    q = torch.randn(1, 8, sum(lengths), 64, device=GPU, dtype=torch.bfloat16)
+    cache = [torch.randn(7, 40, groups, 64, device=GPU, dtype=torch.bfloat16) for _ in "kv"]
+    rows = kernels.Rows.of(lengths, GPU, before, None if places is None else torch.tensor(places, device=GPU))
+    begins, filled = (torch.tensor(x, device=GPU, dtype=torch.int32) for x in ([40 * place for place in places or range(7)] + [0], [a + b for a, b in zip(lengths, before)]))
+    fast = kernels.cached_attention(q, *cache, rows, begins, filled)
+    slow = kernels.cached_attention(*(x.float() for x in (q, *cache)), rows, begins, filled)
+    assert fast.shape == slow.shape and (fast.float() - slow).norm() < 0.01 * slow.norm()
+
+
 @pytest.mark.parametrize("variant", ["crosslora", "molora-topk"])
 def test_training_equals_the_cpus(checkpoint, sentences, variant):
     """fp32 closely, bf16 within its rounding; an expert without tokens has no gradient."""
@@ -49,12 +62,23 @@ def test_training_equals_the_cpus(checkpoint, sentences, variant):
 
 
 @pytest.mark.parametrize("variant", ["crosslora", "lora", "molora-topk", None])
-def test_recorded_steps_give_what_rows_give_alone(checkpoint, variant):
-    """Rows of different prompts and limits that take over places, steps recorded several times: each row gets what the CPU gives it alone."""
+def test_recorded_steps_give_what_the_cpu_gives(checkpoint, variant):
+    """Rows of different prompts and limits that take over places and leave them, steps recorded several times."""
     lm = backbone.load(checkpoint)
     adapter = None if variant is None else randomise(CrossLoRA(lm.cfg, list(LANGUAGES), rank=4, alpha=8, variant=variant))
-    make = lambda: [Row(i, list(range(5, 6 + 7 * (i % 5))), *(("de", "zh"), ("en", "is"), ("ru", "en"))[i % 3], 1 + (11 * i) % 83) for i in range(24)]
-    alone = {row.key: row.out for single in make() for row in decode(lm, adapter, torch.float32, iter([single]), (), 1)}
+    make = lambda: iter([Row(i, list(range(5, 6 + 7 * (i % 5))), *(("de", "zh"), ("en", "is"), ("ru", "en"))[i % 3], 1 + (11 * i) % 83) for i in range(120)])
+    on_cpu = {row.key: row.out for row in decode(lm, adapter, torch.float32, make(), (), 8)}
     on_gpu = backbone.load(checkpoint, GPU)
-    rows = list(decode(on_gpu, adapter and adapter.to(GPU), torch.float32, iter(make()), (), 8))
-    assert {row.key: row.out for row in rows} == alone and len(alone) == 24
+    rows = list(decode(on_gpu, adapter and adapter.to(GPU), torch.float32, make(), (), 80))
+    assert {row.key: row.out for row in rows} == on_cpu and len(on_cpu) == 120
+
+
+def test_recorded_steps_in_bf16_are_the_steps(checkpoint, monkeypatch):
+    """The kernels of bf16, attention over each row's own slots among them: recorded, and called one by one."""
+    lm = backbone.load(checkpoint, GPU, torch.bfloat16)
+    adapter = randomise(CrossLoRA(lm.cfg, list(LANGUAGES), rank=4, alpha=8)).to(GPU, torch.bfloat16)
+    run = lambda: {row.key: row.out for row in decode(lm, adapter, torch.bfloat16, iter([Row(i, list(range(5, 6 + 7 * (i % 5))), "de", "zh", 1 + (11 * i) % 83) for i in range(120)]), (), 80)}
+    recorded = run()
+    monkeypatch.setattr(kernels.Recorded, "__init__", lambda self, aside, function, *inputs: self.__dict__.update(function=function, first=function(*inputs)))
+    monkeypatch.setattr(kernels.Recorded, "__call__", lambda self, *inputs: self.function(*inputs))
+    assert run() == recorded and len(recorded) == 120

@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 import model as backbone
 from conftest import SHARED, run
 from files import UserError, resolve
+from kernels import Rows
 
 SIZES = dict(vocab_size=300, hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4,
              max_position_embeddings=512, bos_token_id=1, eos_token_id=2, initializer_range=0.1, attn_implementation="eager")
@@ -62,16 +63,16 @@ def test_cache_equals_whole_pass(tmp_path):
     with torch.no_grad():
         whole = lm(tokens)
         cache = backbone.KVCache(lm.cfg, 3, 40, "cpu", torch.float32)
-        prompt = tokens[:, :20].clone()
-        for row, length in enumerate(lengths):
-            prompt[row, length:] = 7  # garbage where short prompts are padded
-        hidden = lm(prompt, None, torch.arange(20).expand(3, 20), cache, slots=20)
-        for row, length in enumerate(lengths):
-            assert torch.allclose(hidden[row, :length], whole[row, :length], atol=1e-5)
+        ends, cut = lengths.tolist(), [4, 1, 3]  # two of the prompts in two pieces, the second in other order than their places
+        for before, after, places in (([0, 0, 0], cut, [0, 1, 2]), (cut[:2][::-1], ends[:2][::-1], [1, 0])):
+            rows = Rows.of([b - a for a, b in zip(before, after)], "cpu", before, torch.tensor(places))
+            hidden = lm(torch.cat([tokens[place, a:b] for place, a, b in zip(places, before, after)])[None], None, rows, cache)
+            assert torch.allclose(hidden[0], torch.cat([whole[place, a:b] for place, a, b in zip(places, before, after)]), atol=1e-5)
         for step in range(20):
             at = lengths + step
-            hidden = lm(tokens[torch.arange(3), at][:, None], None, at[:, None], cache, slots=20 + step + 1)
-            assert torch.allclose(hidden[:, 0], whole[torch.arange(3), at], atol=1e-5)
+            rows = Rows([1] * 3, torch.arange(4, dtype=torch.int32), at[None])
+            hidden = lm(tokens[torch.arange(3), at][None], None, rows, cache)
+            assert torch.allclose(hidden[0], whole[torch.arange(3), at], atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["llama-3.1", "qwen2.5"])
@@ -91,10 +92,12 @@ def test_wanted_positions_are_those_of_the_whole_pass(tmp_path, kind):
     with torch.no_grad():
         caches = [backbone.KVCache(lm.cfg, 3, 20, "cpu", torch.float32) for _ in range(2)]
         for start, end in ((0, 12), (12, 20)):  # the second time with more slots than tokens
-            part, at = tokens[:, start:end], torch.arange(start, end).expand(3, -1)
-            for some in (wanted[:, :1] % (end - start), wanted % (end - start)):
-                whole, last = (lm(part, None, at, cache, end, w) for cache, w in zip(caches, (None, some)))
-                assert torch.allclose(last, whole[torch.arange(3)[:, None], some], atol=1e-5)
+            n = end - start
+            part, rows = tokens[:, start:end].reshape(1, -1), Rows.of([n] * 3, "cpu", [start] * 3, torch.arange(3))
+            for some in (wanted[:, :1] % n, wanted % n):
+                some = (some + n * torch.arange(3)[:, None]).view(1, -1)  # of all three rows' tokens
+                whole, last = (lm(part, None, rows, cache, w) for cache, w in zip(caches, (None, some)))
+                assert torch.allclose(last, whole[:, some[0]], atol=1e-5)
         assert all(torch.equal(a, b) for a, b in zip(caches[0].k + caches[0].v, caches[1].k + caches[1].v))
 
 

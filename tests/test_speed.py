@@ -89,7 +89,7 @@ def test_grouped_rows_equal_rows_on_their_own(lm, variant):
             for a, b in zip(adapter(src, tgt), before):
                 for name in a:
                     d_in, d_out = (lm.cfg.hidden_size, lm.cfg.intermediate_size)[:: -1 if name == "down_proj" else 1]
-                    x = torch.randn(len(src), 3, d_in)
+                    x = torch.randn(1, len(src), d_in)
                     ours, theirs = (update_alone(update, x, d_out) for update in (a[name], b[name]))
                     assert torch.allclose(ours, theirs, atol=1e-5) and ours.abs().max() > 0.1
 
@@ -239,14 +239,15 @@ def test_packed_backbone_is_the_same_and_keeps_no_plain_projection(tmp_path, sen
     losses, gradients = [], []
     for packs in (False, True):
         if packs:
-            linears = [module for module in lm.modules() if isinstance(module, backbone.Linear)]
-            assert len(linears) == 7 * lm.cfg.num_hidden_layers + (not tied)
-            plain = [StorageWeakRef(module.weight.untyped_storage()) for module in linears]
+            linears = lambda: [module for module in lm.modules() if isinstance(module, backbone.Linear)]
+            assert len(linears()) == 7 * lm.cfg.num_hidden_layers + (not tied)
+            plain = [StorageWeakRef(module.weight.untyped_storage()) for module in linears()]
             embeddings = lm.model.embed_tokens.weight.data_ptr()
             lm.pack(training)
+            assert len(linears()) == (7 if training else 5) * lm.cfg.num_hidden_layers + 1  # for decoding q, k and v are one
             if kernels.ONEDNN is not None:
                 assert all(weight is None and not training or weight.is_mkldnn for weight in lm.head_weights())
-                assert all(module.weight.is_mkldnn and (module.transposed is not None and module.transposed.is_mkldnn) == training for module in linears)
+                assert all(module.weight.is_mkldnn and (module.transposed is not None and module.transposed.is_mkldnn) == training for module in linears())
                 assert all(weight.expired() for weight in plain) and lm.model.embed_tokens.weight.data_ptr() != embeddings  # let go of the file
         with torch.set_grad_enabled(training):
             torch.manual_seed(0)
@@ -316,12 +317,27 @@ def test_waiting_rows_take_the_places_of_ended_ones(engine, monkeypatch):
     alone = [next(call([row], 1)).out for row in rows()]
     assert [len(out) for out in alone] == [row.room for row in rows()]
     steps, befores, forward, grouped = [], [], type(engine.model).forward, CrossLoRA.grouped
-    monkeypatch.setattr(type(engine.model), "forward", lambda self, tokens, *args, **kwargs: (None if "cached" in kwargs else steps.append(len(tokens))) or forward(self, tokens, *args, **kwargs))
+    monkeypatch.setattr(type(engine.model), "forward", lambda self, tokens, lora, rows, *args: (steps.append(tokens.numel()) if rows.places is None else None) or forward(self, tokens, lora, rows, *args))
     monkeypatch.setattr(CrossLoRA, "grouped", lambda self, src, tgt, dtype, before: befores.append(before) or grouped(self, src, tgt, dtype, before))
     done = {row.key: row.out for row in call(rows(), 8)}
     assert [done[i] for i in range(40)] == alone
     assert befores.count(None) == 1 and len(befores) > 5  # later ones start from those before
     assert max(steps) == 8 and len(steps) <= 1.1 * sum(row.room for row in rows()) / 8  # hardly a place stands empty
+
+
+def test_what_prompts_of_a_direction_have_in_common_is_read_once(engine, monkeypatch):
+    """One of each direction is read whole, the first tokens of the others are copied from one that is there: each row gets what it gets alone."""
+    torch.manual_seed(4)
+    common = {way: torch.randint(0, 200, (12,)).tolist() for way in (("de", "zh"), ("en", "is"), ("zh", "de"))}
+    prompts = [(way, common[way] + torch.randint(0, 200, (i % 4,)).tolist()) for i in range(10) for way in common]
+    rows = lambda: [Row(i, prompt, *way, 1 + i % 7) for i, (way, prompt) in enumerate(prompts)]
+    call = lambda rows, batch_size: decode(engine.model, engine.adapter, engine.dtype, iter(rows), (), batch_size)
+    alone = [next(call([row], 1)).out for row in rows()]
+    read, forward = [], type(engine.model).forward
+    monkeypatch.setattr(type(engine.model), "forward", lambda self, tokens, lora, rows, *args: (read.extend(rows.lengths) if rows.places is not None else None) or forward(self, tokens, lora, rows, *args))
+    done = {row.key: row.out for row in call(rows(), 9)}
+    assert [done[i] for i in range(30)] == alone
+    assert len(read) == 30 and sum(n >= 12 for n in read) == 3 and sorted(read)[-4] <= 1 + 3
 
 
 @pytest.mark.parametrize("bench", ["train_speed", "generate_speed", "cost"])
