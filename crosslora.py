@@ -105,8 +105,8 @@ class EveryExpert:
     """As PerRow on a GPU, for tokens of any rows: all experts present meet all tokens, and each token keeps its own. A GPU reads x as fast
     for a hundred columns as for sixteen, and a launch for every expert would cost more.
 
-    A (n*R + R, D_in), B (D_out, m*R): all experts side by side, after A's one of zeros. own (N, m*R): the columns where a token's A_src x stands in
-    the place of its B_tgt, and those of zeros in the others'.
+    A (n*R + R, D_in), B (D_out, m*R): all experts side by side, after A's one of zeros. own (N, m*R): for every column of B the column of A's
+    output to take: for the token's own B_tgt its A_src x, for the others zeros.
     """
 
     def __init__(self, A, B, own, scale, dropout):
@@ -204,7 +204,7 @@ class CrossLoRA(nn.Module):
 
         src_langs, tgt_langs: B language codes. dtype: that of the backbone's activations. Gradients reach the experts present and no others. counts: how many tokens
         of each row stand one after another, and last: how many of them in the last layer, if not all; without counts the rows are of one length, whatever it is.
-        together: EveryExpert, which needs counts; default: on a GPU, with counts. stacked: of all experts, if that is at hand.
+        together: EveryExpert, which needs counts; default: on a GPU, with counts. stacked: stacked(dtype), if that is at hand.
         """
         scale, p, last = self.alpha / self.rank, self.dropout if dropout else 0.0, last or counts
         if self.learned:

@@ -27,7 +27,7 @@ from devices import add_device_arguments, device_and_dtype, init_distributed
 from files import UserError, at_least, check_output, file_sha256, resolve, run_main, write_jsonl
 from kernels import Recorded, Rows
 
-PROMPTS = {"cpu": 2**10, "cuda": 2**14}  # tokens of prompts read together: wide enough for the products, little memory
+PROMPTS = {"cpu": 2**10, "cuda": 2**14}  # tokens of prompts, copied ones too, in one pass: wide enough for the products, little memory
 SLOTS = {"cpu": 2**17, "cuda": 2**18}  # of the cache, all rows together: 16 GiB for 2**17 of Llama-3-8B in bf16
 REFILL = {"cpu": 8, "cuda": 4}  # waiting rows are read when one in so many places is free: on a GPU a pass costs two steps at least
 
@@ -88,7 +88,7 @@ def decode(lm, adapter, dtype, queue, stop_ids, batch_size):
 
     At most `batch_size` are decoded together, fewer if the longest of the first would make the cache too large. When an
     eighth (a quarter on a GPU) has ended, waiting ones take their places. A row keeps its own positions and limit, whatever its
-    company; keys and values of what its prompt begins with, like an earlier one of its direction, are copied from there.
+    company; keys and values of what its prompt has in common with the beginning of an earlier one of its direction are copied from there.
     """
     device = lm.inv_freq.device
     rows = list(itertools.islice(queue, batch_size))  # by place in the batch of B; where one has ended the place is free
@@ -103,11 +103,11 @@ def decode(lm, adapter, dtype, queue, stop_ids, batch_size):
     languages = lambda places: zip(*map(direction, places))  # (src_langs, tgt_langs)
 
     def read(part, known):
-        """Prompts of the rows at places `part` go into the cache, first new tokens into `token`. known: for directions a place whose prompt is there."""
+        """Prompts of the rows at places `part` go into the cache, first new tokens into `token`. known: {direction: place of a row of it whose prompt is there}."""
         at_rows = torch.tensor(part, device=device)
         like = [known.get(direction(b), b) for b in part]
         had = [0 if a == b else len(os.path.commonprefix([rows[a].prompt, rows[b].prompt[:-1]])) for a, b in zip(like, part)]  # works on ids too
-        cache.reserve(max(len(rows[b].prompt) + min(len(rows[b].prompt), rows[b].room) for b in part))
+        cache.reserve(max(len(rows[b].prompt) + min(len(rows[b].prompt), rows[b].room) for b in part))  # an output is about as long: the cache moves seldom
         cache.copy(torch.tensor(like, device=device), at_rows, max(had))
         new = [rows[b].prompt[n:] for b, n in zip(part, had)]
         these = Rows.of([*map(len, new)], device, had, at_rows)
@@ -125,7 +125,7 @@ def decode(lm, adapter, dtype, queue, stop_ids, batch_size):
         if fresh:
             own = None  # out of date: the next step finds them anew, for all rows
             fresh.sort(key=lambda b: -len(rows[b].prompt))
-            known = {direction(b): b for b in set(range(len(rows))).difference(fresh) if not rows[b].finish}
+            known = {direction(b): b for b in set(range(len(rows))).difference(fresh) if not rows[b].finish}  # a step writes over slot 0 of ended ones
             first = {direction(b): b for b in reversed(fresh) if direction(b) not in known}  # the longest of each direction is read whole, then the others
             for some in first.values(), [b for b in fresh if first.get(direction(b)) != b]:
                 sums = itertools.accumulate(len(rows[b].prompt) for b in some)
@@ -160,7 +160,7 @@ def decode(lm, adapter, dtype, queue, stop_ids, batch_size):
             fresh = free[: len(waiting)]
             for b, row in zip(fresh, waiting):
                 rows[b] = row
-            one_in = 5 if not gpu else 2 if len(rows) > 64 else 1  # free, and it pays to copy the cache, on a GPU to record anew as well
+            one_in = 5 if not gpu else 2 if len(rows) > 64 else 1  # so many places free, and copying the cache pays, on a GPU recording anew too
             if not waiting and one_in * len(free) >= len(rows):
                 keep = [b for b, row in enumerate(rows) if not row.finish]
                 rows, token, own = [rows[b] for b in keep], token[keep], None

@@ -202,7 +202,7 @@ class Rows(NamedTuple):
     lengths: list
     starts: torch.Tensor  # int32, one more than rows: where each begins, and the end
     positions: torch.Tensor  # (1, T): of each token in its row
-    places: torch.Tensor | None = None  # each row's in a KVCache; None: no cache, or a row at every place, in order, with as many tokens each
+    places: torch.Tensor | None = None  # each row's in a KVCache; None: no cache, or one row at every place, in order, with as many tokens each
 
     @classmethod
     def of(cls, lengths, device, before=None, places=None):
@@ -242,18 +242,18 @@ def attention(q, k, v, rows=None):
 
 def cached_attention(q, k, v, rows, begins, filled):
     """The same for the newest tokens of rows, q (1, H, T, K), over all that a cache has of these rows, themselves included: k, v (places, S, G, K).
-    int32: begins (n+1,), the first slot of each row among those of all places (the last is there for the kernel, and not read), and filled (n,), how many of its slots are."""
+    int32: begins (n+1,), the first slot of each row among those of all places (the last is there for the kernel, and not read), and filled (n,), how many of its slots are in use."""
     longest = max(rows.lengths)
     if q.is_cuda and q.dtype == torch.bfloat16:  # varlen_attn, but torch 2.11's has no seqused_k yet
         y = torch.ops.aten._flash_attention_forward(q[0].transpose(0, 1), k.flatten(0, 1), v.flatten(0, 1), rows.starts, begins, longest, k.shape[1],
-                                                    0.0, longest > 1, False, seqused_k=filled)[0]
+                                                    0.0, longest > 1, False, seqused_k=filled)[0]  # (T, H, K), and (places, S, G, K) -> (places*S, G, K)
         return y.transpose(0, 1)[None]  # (T, H, K) -> (1, H, T, K)
     S, G = k.shape[1] if q.is_cuda else int(filled.max()), k.shape[2]  # a recorded step can't ask for the greatest
     k, v = k[:, :S], v[:, :S]
     (runs, sizes), each, done = runs_of_rows(rows.lengths), [], 0
-    for (length, count), x, at in zip(runs, q[0].split(sizes, dim=1), rows.positions[0].split(sizes)):
+    for (length, count), q_run, at in zip(runs, q[0].split(sizes, dim=1), rows.positions[0].split(sizes)):
         mine = [x if rows.places is None else x[rows.places[done : done + count]] for x in (k, v)]  # (n, S, G, K)
-        queries = below(x, count).reshape(count, G, -1, q.shape[-1])  # a group's heads are so many more queries over the same keys: (n, H, L, K) -> (n, G, H/G * L, K)
+        queries = below(q_run, count).reshape(count, G, -1, q.shape[-1])  # a group's heads are so many more queries over the same keys: (n, H, L, K) -> (n, G, H/G * L, K)
         mask = (torch.arange(S, device=q.device) <= at.view(count, 1, length, 1)).repeat(1, 1, q.shape[1] // G, 1)  # (n, 1, L, S) -> (n, 1, H/G * L, S)
         y = F.scaled_dot_product_attention(queries, *(x.transpose(1, 2) for x in mine), attn_mask=mask)  # (n, G, H/G * L, K)
         each.append(y.reshape(count, -1, length, q.shape[-1]).transpose(1, 2).flatten(0, 1))  # -> (n, H, L, K) -> (n, L, H, K) -> (n*L, H, K)
@@ -272,12 +272,9 @@ class Recorded:
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
             self.first = function(*self.inputs)  # what libraries do at their first call can't be recorded
-            torch.cuda.synchronize()
-            torch.cuda.empty_cache()  # of a cache that has moved, too: in a record the allocator can't look for memory again
-            self.graph.capture_begin(capture_error_mode="thread_local")  # NCCL's own thread may go on
-            self.output = function(*self.inputs)
-            self.graph.capture_end()
         torch.cuda.current_stream().wait_stream(aside)
+        with torch.cuda.graph(self.graph, stream=aside, capture_error_mode="thread_local"):  # NCCL's own thread may go on
+            self.output = function(*self.inputs)
 
     def __call__(self, *inputs):
         for mine, new in zip(self.inputs, inputs, strict=True):

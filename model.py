@@ -152,8 +152,8 @@ class KVCache:
     def where(self, rows):
         """Of a pass over kernels.Rows: the slot of each token among those of all places (T,), and kernels.cached_attention's begins and filled."""
         places = torch.arange(len(self.k[0]), device=rows.starts.device) if rows.places is None else rows.places
-        begins = places * self.k[0].shape[1]  # (n,)
-        at = begins.repeat_interleave(rows.starts.diff(), output_size=rows.positions.numel()) + rows.positions[0]
+        begins = places * self.k[0].shape[1]  # (n,), of places (n,)
+        at = begins.repeat_interleave(rows.starts.diff(), output_size=rows.positions.numel()) + rows.positions[0]  # (n,) -> (T,)
         return at, F.pad(begins, (0, 1)).int(), rows.positions[0, rows.starts[1:] - 1].int() + 1
 
     def update(self, layer, k, v, at):
@@ -165,7 +165,7 @@ class KVCache:
     def copy(self, source, target, slots):
         """The first `slots` slots of the places `target` become those of `source`, both (n,)."""
         for x in self.k + self.v:
-            x[target, :slots] = x[source, :slots]
+            x[target, :slots] = x[source, :slots]  # (n, slots, G, K)
 
 
 class Attention(nn.Module):

@@ -338,6 +338,11 @@ def test_what_prompts_of_a_direction_have_in_common_is_read_once(engine, monkeyp
     done = {row.key: row.out for row in call(rows(), 9)}
     assert [done[i] for i in range(30)] == alone
     assert len(read) == 30 and sum(n >= 12 for n in read) == 3 and sorted(read)[-4] <= 1 + 3
+    # Twenty places: the row at 5 ends first, those at 0 and 1 after it, so that a place is filled only then, and steps have written over what stood at 5, the only one of its direction.
+    rooms = {0: 6, 1: 6, 5: 2}
+    rows = lambda: [Row(i, [*range(40, 52), i], *(("de", "zh") if i in (5, 20) else ("en", "is")), rooms.get(i, 12)) for i in range(21)]
+    done = {row.key: row.out for row in call(rows(), 20)}
+    assert done == {row.key: next(call([row], 1)).out for row in rows()}
 
 
 @pytest.mark.parametrize("bench", ["train_speed", "generate_speed", "cost"])
