@@ -97,8 +97,8 @@ def decode(lm, adapter, dtype, queue, stop_ids, batch_size):
     fresh = list(range(len(rows)))  # places whose prompt was not read yet
     cache, token = backbone.KVCache(lm.cfg, len(rows), 0, device, dtype), torch.zeros(len(rows), dtype=torch.long, device=device)
     gpu = device.type == "cuda"  # there a step is recorded and all experts are at hand, so that it takes any rows
-    stacked = adapter.stacked(dtype) if gpu and adapter is not None and not adapter.learned else None
-    every = adapter((), (), dtype) if gpu and adapter is not None and adapter.learned else None  # once, since a record keeps to its memory
+    every = adapter((), (), dtype) if adapter is not None and adapter.learned else None  # for any rows; once, since a record keeps to its memory
+    stacked = adapter.stacked(dtype) if gpu and adapter is not None and every is None else None
     direction = lambda b: (rows[b].src_lang, rows[b].tgt_lang)
     languages = lambda places: zip(*map(direction, places))  # (src_langs, tgt_langs)
 
@@ -136,7 +136,7 @@ def decode(lm, adapter, dtype, queue, stop_ids, batch_size):
             if own is None:
                 langs = [*languages(range(len(rows)))]
                 own = [] if stacked is None else [adapter.places(*langs, [1] * len(rows))]  # a recorded step's input
-                lora = adapter.grouped(*langs, dtype, lora) if adapter is not None and not gpu else every
+                lora = every if every or gpu or adapter is None else adapter.grouped(*langs, dtype, lora)
             at = [0 if row.finish else len(row.prompt) + len(row.out) - 1 for row in rows]  # where each row's last token stands
             cache.reserve(max(at) + 1)
             at = torch.tensor(at, device=device)

@@ -224,6 +224,12 @@ def below(x, count):
     return x.unflatten(1, (count, -1)).transpose(0, 1)
 
 
+def one_after_another(runs):
+    """Back from what below() gives, all runs together: (n, H, L, K) each -> (1, H, T, K), token by token in memory, as the kernel writes them."""
+    each = [y.transpose(1, 2).flatten(0, 1) for y in runs]  # (n, H, L, K) -> (n, L, H, K) -> (n*L, H, K)
+    return torch.cat(each).transpose(0, 1)[None]  # (T, H, K) -> (1, H, T, K)
+
+
 def attention(q, k, v, rows=None):
     """q (B, H, T, K), k and v (B, G, T, K) -> (B, H, T, K). A query sees no later key and, with `rows` (B = 1), none of another row."""
     gqa = {"enable_gqa": q.shape[1] != k.shape[1]}
@@ -235,9 +241,7 @@ def attention(q, k, v, rows=None):
         return y.transpose(0, 1)[None]  # (T, H, K) -> (1, H, T, K)
     runs, sizes = runs_of_rows(rows.lengths)
     some = zip(*(x[0].split(sizes, dim=1) for x in (q, k, v)))
-    each = [F.scaled_dot_product_attention(*(below(x, count) for x in run), is_causal=True, **gqa) for run, (_, count) in zip(some, runs)]
-    each = [y.transpose(1, 2).flatten(0, 1) for y in each]  # (n, H, L, K) -> (n, L, H, K) -> (n*L, H, K): so they lie in memory already
-    return torch.cat(each).transpose(0, 1)[None]  # (T, H, K) -> (1, H, T, K)
+    return one_after_another([F.scaled_dot_product_attention(*(below(x, count) for x in run), is_causal=True, **gqa) for run, (_, count) in zip(some, runs)])
 
 
 def cached_attention(q, k, v, rows, begins, filled):
@@ -256,9 +260,9 @@ def cached_attention(q, k, v, rows, begins, filled):
         queries = below(q_run, count).reshape(count, G, -1, q.shape[-1])  # a group's heads are so many more queries over the same keys: (n, H, L, K) -> (n, G, H/G * L, K)
         mask = (torch.arange(S, device=q.device) <= at.view(count, 1, length, 1)).repeat(1, 1, q.shape[1] // G, 1)  # (n, 1, L, S) -> (n, 1, H/G * L, S)
         y = F.scaled_dot_product_attention(queries, *(x.transpose(1, 2) for x in mine), attn_mask=mask)  # (n, G, H/G * L, K)
-        each.append(y.reshape(count, -1, length, q.shape[-1]).transpose(1, 2).flatten(0, 1))  # -> (n, H, L, K) -> (n, L, H, K) -> (n*L, H, K)
+        each.append(y.reshape(count, -1, length, q.shape[-1]))  # -> (n, H, L, K)
         done += count
-    return torch.cat(each).transpose(0, 1)[None]  # (T, H, K) -> (1, H, T, K)
+    return one_after_another(each)
 
 
 class Recorded:

@@ -7,7 +7,6 @@ An adapter is passed in as an argument (`lora`); this file only knows that it ad
 """
 
 import dataclasses
-import functools
 import hashlib
 import json
 import math
@@ -261,7 +260,7 @@ class CausalLM(nn.Module):
         angles = positions[..., None].float() * self.inv_freq  # (1, T, K/2)
         x = self.model.embed_tokens(tokens)  # (B, T, D)
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-        attend = functools.partial(attention, rows=rows)
+        attend = lambda q, k, v: attention(q, k, v, rows)
         if cache is not None:
             at, *spans = cache.where(rows)
         for i, layer in enumerate(self.model.layers):

@@ -222,8 +222,11 @@ def alternate(runs, repeats, device, each=None):
 
 def ratios(times, name, ours="ours"):
     """Median and range of peer / ours over the alternations."""
-    values = [peer / mine for peer, mine in zip(times[name], times[ours])]
-    return {"median": round(statistics.median(values), 3), "min": round(min(values), 3), "max": round(max(values), 3), "n": len(values)}
+    return spread([peer / mine for peer, mine in zip(times[name], times[ours])], 3)
+
+
+def spread(values, digits):
+    return {"median": round(statistics.median(values), digits), "min": round(min(values), digits), "max": round(max(values), digits), "n": len(values)}
 
 
 def machine(device):

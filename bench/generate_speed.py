@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from transformers import StoppingCriteria
 
-from common import Side, alternate, bench_parser, load_both, lower, machine, matmul_rate, now, prompts_and_limits, ratios, report, sentence_rows, serve, tokenizer_of
+from common import Side, alternate, bench_parser, load_both, lower, machine, matmul_rate, now, prompts_and_limits, ratios, report, sentence_rows, serve, spread, tokenizer_of
 
 import model as backbone
 from devices import device_and_dtype
@@ -138,8 +138,7 @@ def main():
               "agreement": f"{len(some)} of {len(some)} greedy outputs identical", "machine": machine(device)}
     if args.alone:
         alone = [sum(limits[: args.alone]) / t for t in alternate({"ours": lambda: ours(which=range(args.alone))}, args.repeats, device)["ours"]]
-        result["alone"] = {"count": args.alone, "output_tokens": sum(limits[: args.alone]),
-                           "output_tokens_per_s": {"median": round(statistics.median(alone), 1), "min": round(min(alone), 1), "max": round(max(alone), 1), "n": len(alone)}}
+        result["alone"] = {"count": args.alone, "output_tokens": sum(limits[: args.alone]), "output_tokens_per_s": spread(alone, 1)}
     report(result, args.out)
 
 
