@@ -83,12 +83,13 @@ class Row:
 
 
 @torch.inference_mode()
-def decode(lm, adapter, dtype, queue, stop_ids, batch_size):
+def decode(lm, adapter, dtype, queue, stop_ids, batch_size, record=None):
     """Greedy continuation of the Rows of `queue`, an iterator, yielded in the order in which they end.
 
-    At most `batch_size` are decoded together, fewer if the longest of the first would make the cache too large. When an
-    eighth (a quarter on a GPU) has ended, waiting ones take their places. A row keeps its own positions and limit, whatever its
-    company; keys and values of what its prompt has in common with the beginning of an earlier one of its direction are copied from there.
+    At most `batch_size` are decoded together, fewer if the longest of the first would make the cache too large. When an eighth (a quarter
+    on a GPU) has ended, waiting ones take their places. A row keeps its own positions and limit, whatever its company; keys and values of
+    what its prompt has in common with the beginning of an earlier one of its direction are copied from there. record: all experts are at
+    hand, so that a step takes any rows, and kernels.Recorded plays it; default: on a GPU.
     """
     device = lm.inv_freq.device
     rows = list(itertools.islice(queue, batch_size))  # by place in the batch of B; where one has ended the place is free
@@ -96,9 +97,9 @@ def decode(lm, adapter, dtype, queue, stop_ids, batch_size):
     rows, queue = rows[:fit], itertools.chain(rows[fit:], queue)
     fresh = list(range(len(rows)))  # places whose prompt was not read yet
     cache, token = backbone.KVCache(lm.cfg, len(rows), 0, device, dtype), torch.zeros(len(rows), dtype=torch.long, device=device)
-    gpu = device.type == "cuda"  # there a step is recorded and all experts are at hand, so that it takes any rows
+    record = device.type == "cuda" if record is None else record
     every = adapter((), (), dtype) if adapter is not None and adapter.learned else None  # for any rows; once, since a record keeps to its memory
-    stacked = adapter.stacked(dtype) if gpu and adapter is not None and every is None else None
+    stacked = adapter.stacked(dtype) if record and adapter is not None and every is None else None
     direction = lambda b: (rows[b].src_lang, rows[b].tgt_lang)
     languages = lambda places: zip(*map(direction, places))  # (src_langs, tgt_langs)
 
@@ -120,7 +121,7 @@ def decode(lm, adapter, dtype, queue, stop_ids, batch_size):
         hidden = lm(token[None], adapter.by_token(stacked, *own) if own else lora, these, cache)  # (1, B, D)
         return lm.head(hidden[0]).argmax(-1)  # (B, V) -> (B,)
 
-    own, lora, recorded, shape, aside = None, None, None, None, torch.cuda.Stream() if gpu else None
+    own = lora = recorded = shape = None
     while rows:
         if fresh:
             own = None  # out of date: the next step finds them anew, for all rows
@@ -136,12 +137,12 @@ def decode(lm, adapter, dtype, queue, stop_ids, batch_size):
             if own is None:
                 langs = [*languages(range(len(rows)))]
                 own = [] if stacked is None else [adapter.places(*langs, [1] * len(rows))]  # a recorded step's input
-                lora = every if every or gpu or adapter is None else adapter.grouped(*langs, dtype, lora)
+                lora = every if every or record or adapter is None else adapter.grouped(*langs, dtype, lora)
             at = [0 if row.finish else len(row.prompt) + len(row.out) - 1 for row in rows]  # where each row's last token stands
             cache.reserve(max(at) + 1)
             at = torch.tensor(at, device=device)
-            if gpu and shape != cache.k[0].shape:  # no record yet, or for a cache that has moved
-                recorded, shape = Recorded(aside, step, token, at, *own), cache.k[0].shape
+            if record and shape != cache.k[0].shape:  # no record yet, or for a cache that has moved
+                recorded, shape = Recorded(recorded, step, token, at, *own), cache.k[0].shape
                 token = recorded.first
             else:
                 token = (recorded or step)(token, at, *own)
@@ -160,9 +161,10 @@ def decode(lm, adapter, dtype, queue, stop_ids, batch_size):
             fresh = free[: len(waiting)]
             for b, row in zip(fresh, waiting):
                 rows[b] = row
-            one_in = 5 if not gpu else 2 if len(rows) > 64 else 1  # so many places free, and copying the cache pays, on a GPU recording anew too
+            one_in = 5 if not record else 2 if len(rows) > 64 else 1  # so many places free, and copying the cache pays, on a GPU recording anew too
             if not waiting and one_in * len(free) >= len(rows):
-                keep = [b for b, row in enumerate(rows) if not row.finish]
+                live = [b for b, row in enumerate(rows) if not row.finish]
+                keep = [live.pop() if row.finish else b for b, row in enumerate(rows[: len(live)])]  # the last fill the gaps, so that the others' experts stay
                 rows, token, own = [rows[b] for b in keep], token[keep], None
                 cache.each(lambda x: x[keep])
 

@@ -104,12 +104,10 @@ class Adapted(torch.autograd.Function):
             by_x = product(grad, weight.t() if transposed is None else transposed)  # (N, D_out) x (D_out, D_in) -> (N, D_in)
         for x_run, m, A_run, by_h_run, by_x_run in zip(x.split(a_sizes), split_or_none(mask, a_sizes), A, by_h.split(a_sizes), split_or_none(by_x, a_sizes)):
             m = None if m is None else m.to(x.dtype)
-            if by_x is not None:
-                below = by_h_run @ A_run  # (n, R) x (R, D_in)
-                if m is None:
-                    by_x_run += below
-                else:
-                    by_x_run.addcmul_(below, m)
+            if by_x is not None and m is None:
+                by_x_run.addmm_(by_h_run, A_run)  # (n, R) x (R, D_in)
+            elif by_x is not None:
+                by_x_run.addcmul_(torch.zeros_like(x_run).addmm_(by_h_run, A_run), m)  # added to zeros, since MKL takes two to five times as long for a new tensor
             by_A.append(by_h_run.t() @ (x_run if m is None else m.mul_(x_run)))  # (R, n) x (n, D_in)
         return by_x, *[None] * 7, *by_A, *by_B
 
@@ -118,22 +116,20 @@ def split_or_none(x, sizes):
     return [None] * len(sizes) if x is None else x.split(sizes)
 
 
-def blocks(names, had):
+def blocks(names):
     """Deal rows to blocks of one size, each of one expert, given the expert of every row: (expert of each block, row of
-    each place in the blocks, place of each row). A block that is not full repeats one of its rows. had: the experts of the blocks
-    before; one that is wanted again gets its old block, unless there are too few blocks now."""
+    each place in the blocks, place of each row). A block that is not full repeats one of its rows. Where an expert has two rows or
+    fewer on average every row is a block, as they stand: moving them would take as long as reading some experts twice."""
     own = {}
     for row, name in enumerate(names):
         own.setdefault(name, []).append(row)
     size = -(-len(names) // len(own))
-    dealt = {name: [rows[i : i + size] for i in range(0, len(rows), size)] for name, rows in own.items()}
-    count = sum(map(len, dealt.values()))
-    stay = [(dealt[name].pop(), name) if dealt.get(name) else None for name in [*had, *[None] * count][:count]]
-    rest = iter(sorted((rows, name) for name, each in dealt.items() for rows in each))
-    found = [block or next(rest) for block in stay]
-    places = [row for rows, _ in found for row in rows + rows[:1] * (size - len(rows))]
+    if size <= 2:
+        return tuple(names), [*range(len(names))], [*range(len(names))]
+    dealt = [(name, rows[i : i + size]) for name, rows in sorted(own.items()) for i in range(0, len(rows), size)]
+    places = [row for _, rows in dealt for row in rows + rows[:1] * (size - len(rows))]
     place = {row: i for i, row in enumerate(places)}
-    return tuple(name for _, name in found), places, [place[row] for row in range(len(names))]
+    return tuple(name for name, _ in dealt), places, [place[row] for row in range(len(names))]
 
 
 class FrozenRMSNorm(torch.autograd.Function):
@@ -270,14 +266,15 @@ class Recorded:
     takes longer than they do. Shapes stay what they were, as does all memory that the function finds for itself; the result is overwritten by the next call.
     `first` is the result for the inputs at the beginning."""
 
-    def __init__(self, aside, function, *inputs):
-        """aside: a stream to record on, one for all records, since libraries keep memory for each."""
+    def __init__(self, before, function, *inputs):
+        """before: the record made before this one, whose stream is taken, since libraries keep memory for each, or None."""
+        self.aside = before.aside if before else torch.cuda.Stream()
         self.inputs, self.graph = [x.clone() for x in inputs], torch.cuda.CUDAGraph()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
+        self.aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.aside):
             self.first = function(*self.inputs)  # what libraries do at their first call can't be recorded
-        torch.cuda.current_stream().wait_stream(aside)
-        with torch.cuda.graph(self.graph, stream=aside, capture_error_mode="thread_local"):  # NCCL's own thread may go on
+        torch.cuda.current_stream().wait_stream(self.aside)
+        with torch.cuda.graph(self.graph, stream=self.aside, capture_error_mode="thread_local"):  # NCCL's own thread may go on
             self.output = function(*self.inputs)
 
     def __call__(self, *inputs):

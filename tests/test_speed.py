@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch.multiprocessing.reductions import StorageWeakRef
 
+import generate
 import kernels
 import model as backbone
-from conftest import ROOT, make_checkpoint, randomise, update_alone
+from conftest import ROOT, CalledAnew, make_checkpoint, randomise, update_alone
 from crosslora import CrossLoRA
 from data import LANGUAGES
 from generate import Row, decode
@@ -96,17 +97,24 @@ def test_grouped_rows_equal_rows_on_their_own(lm, variant):
 
 def test_an_expert_that_is_wanted_again_stays_where_it_is(lm):
     adapter = randomise(CrossLoRA(lm.cfg, list(LANGUAGES), rank=4, alpha=8))
-    lora = adapter.grouped(["de", "zh", "de", "is"], ["en", "en", "ru", "cs"])
-    first = lora[0]["up_proj"]
-    for side in first.held:
-        side.fill_(torch.nan)  # what is copied again is no longer nan
-    assert [set(names) for names in first.names] == [{"de", "zh", "is"}, {"en", "ru", "cs"}]
-    second = adapter.grouped(["zh", "cs", "is"], ["ru", "en", "zh"], before=lora)[0]["up_proj"]
-    for names, experts, new in zip(second.names, (second.A, second.B), ("cs", "zh")):
-        assert len(names) == len(experts) == 3
-        assert {name for name, expert in zip(names, experts) if expert.isfinite().all()} == {new}
-    with pytest.raises(KeyError):
-        adapter.grouped(["zh"], ["ru"], before=lora)  # its memory belongs to the second
+
+    def after(first, second):
+        """Names of the experts for `second`, each with whether it was copied, where those for `first` were before: [A's, B's]."""
+        lora = adapter.grouped(*first)
+        for side in lora[0]["up_proj"].held:
+            side.fill_(torch.nan)  # what is copied again is no longer nan
+        update = adapter.grouped(*second, before=lora)[0]["up_proj"]
+        with pytest.raises(KeyError):
+            adapter.grouped(*second, before=lora)  # its memory belongs to the second
+        assert [len(names) for names in update.names] == [len(update.A), len(update.B)]
+        return [[(name, bool(expert.isfinite().all())) for name, expert in zip(names, experts)] for names, experts in zip(update.names, (update.A, update.B))]
+
+    # Three rows an expert: a block each, in the order of their names.
+    A, B = after((["de", "zh", "is"] * 3, ["en", "ru", "cs"] * 3), (["zh", "cs", "is"] * 3, ["ru", "en", "de"] * 3))
+    assert A == [("cs", True), ("is", False), ("zh", False)] and B == [("de", True), ("en", False), ("ru", False)]
+    # Two at most: every row is a block, at its own place.
+    A, B = after((["de", "zh", "de", "is"], ["en", "en", "ru", "cs"]), (["de", "cs", "de"], ["zh", "en", "ru"]))
+    assert A == [("de", False), ("cs", True), ("de", False)] and B == [("zh", True), ("en", False), ("ru", False)]
 
 
 @pytest.mark.parametrize("variant", ["crosslora", "lora", "shared-target"])
@@ -323,6 +331,19 @@ def test_waiting_rows_take_the_places_of_ended_ones(engine, monkeypatch):
     assert [done[i] for i in range(40)] == alone
     assert befores.count(None) == 1 and len(befores) > 5  # later ones start from those before
     assert max(steps) == 8 and len(steps) <= 1.1 * sum(row.room for row in rows()) / 8  # hardly a place stands empty
+
+
+@pytest.mark.parametrize("variant", ["crosslora", "lora", "molora-topk", None])
+def test_a_gpus_way_of_decoding_gives_the_same(checkpoint, variant, monkeypatch):
+    """All experts at hand, steps from a record, half of the places given back at a time; the rest of a GPU is in test_gpu.py."""
+    lm = backbone.load(checkpoint)
+    adapter = None if variant is None else randomise(CrossLoRA(lm.cfg, list(LANGUAGES), rank=4, alpha=8, variant=variant))
+    make = lambda: iter([Row(i, list(range(5, 6 + 7 * (i % 5))), *(("de", "zh"), ("en", "is"), ("ru", "en"))[i % 3], 1 + (11 * i) % 83) for i in range(160)])
+    wanted = {row.key: row.out for row in decode(lm, adapter, torch.float32, make(), (), 8)}
+    monkeypatch.setattr(generate, "Recorded", CalledAnew)
+    monkeypatch.setattr(CalledAnew, "made", 0)
+    assert {row.key: row.out for row in decode(lm, adapter, torch.float32, make(), (), 140, record=True)} == wanted and len(wanted) == 160
+    assert 3 <= CalledAnew.made <= 8  # as the cache grows, and as places are given back
 
 
 def test_what_prompts_of_a_direction_have_in_common_is_read_once(engine, monkeypatch):
