@@ -77,8 +77,8 @@ class PerRow:
 
 
 class LowRank:
-    """As PerRow for decoding on a CPU, where a token is a row, x (1, N, D_in) -> (1, N, D_out): rows of one expert are put together in blocks
-    of s, so that an expert is read once a block and not once a row.
+    """As PerRow for decoding, where a token is a row, x (1, N, D_in) -> (1, N, D_out): rows of one expert are put together in blocks of s,
+    so that an expert is read once a block and not once a row.
 
     A (a, R, D_in), B (b, D_out, R): a block's expert. moves: three row indices (None: as they stand), from rows into A's blocks, across to B's,
     and back; see kernels.blocks.
@@ -95,9 +95,9 @@ class LowRank:
         move = lambda x, rows: x if rows is None else x.index_select(0, rows)
         into, across, back = self.moves
         h = move(x[0], into).view(len(self.A), -1, x.shape[-1])  # (N, D_in) -> (a*s, D_in) -> (a, s, D_in)
-        h = (torch.bmm(h, self.A.mT) if h.shape[1] > 1 else torch.bmm(self.A, h.mT).mT) * self.scale  # A_src x, as is faster: (a, s, D_in) x (a, D_in, R) -> (a, s, R)
+        h = (torch.bmm(h, self.A.mT) if h.shape[1] > 1 else torch.bmm(self.A, h.mT).mT) * self.scale  # A_src x: (a, s, D_in) x (a, D_in, R) -> (a, s, R); for s = 1 A x is faster
         h = move(h.flatten(0, 1), across).view(len(self.B), -1, h.shape[-1])  # (a*s, R) -> (b*s, R) -> (b, s, R), s now of B's blocks
-        if len(self.B) == 1:  # for which bmm would take one thread
+        if len(self.B) == 1:  # all rows in their order; bmm would take one thread
             return projection(x)[0].addmm_(h[0], self.B[0].mT)[None]  # eq. 4: (N, R) x (R, D_out) -> (N, D_out) -> (1, N, D_out)
         y = torch.bmm(h, self.B.mT)  # eq. 4: (b, s, R) x (b, R, D_out) -> (b, s, D_out)
         return projection(x, move(y.flatten(0, 1), back)[None])  # (b, s, D_out) -> (b*s, D_out) -> (1, N, D_out)
@@ -223,13 +223,13 @@ class CrossLoRA(nn.Module):
                 + self._each_bank(lambda bank: PerRow(bank, *there, scale, p, dtype), [end]))
 
     def grouped(self, src_langs, tgt_langs, dtype=torch.float32, before=None):
-        """As forward, for decoding on a CPU, without dropout and derivatives: a list over layers of {projection: LowRank}. before: the list it gave for
-        other rows. It is emptied: its memory is used again, and the experts in it that are still wanted are not copied again."""
+        """As forward, for decoding, without dropout and derivatives: a list over layers of {projection: LowRank}. before: the list it gave for
+        other rows. It is emptied: its memory is used again, and an expert that is at its place already is not copied again."""
         if self.learned:
             return self(src_langs, tgt_langs, dtype)
         routes = [self.route(s, t) for s, t in zip(src_langs, tgt_langs, strict=True)]
         (a_names, a_rows, a_places), (b_names, b_rows, b_places) = map(blocks, zip(*routes))
-        moves = [None if rows == list(range(len(routes))) else torch.tensor(rows) for rows in (a_rows, [a_places[row] for row in b_rows], b_places)]
+        moves = [None if rows == list(range(len(routes))) else torch.tensor(rows, device=next(self.parameters()).device) for rows in (a_rows, [a_places[row] for row in b_rows], b_places)]
         return [{name: LowRank(bank, (a_names, b_names), moves, self.alpha / self.rank, dtype, before and before[i].pop(name)) for name, bank in layer.items()}
                 for i, layer in enumerate(self.layers)]
 

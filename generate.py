@@ -164,7 +164,7 @@ def decode(lm, adapter, dtype, queue, stop_ids, batch_size, record=None):
             one_in = 5 if not record else 2 if len(rows) > 64 else 1  # so many places free, and copying the cache pays, on a GPU recording anew too
             if not waiting and one_in * len(free) >= len(rows):
                 live = [b for b, row in enumerate(rows) if not row.finish]
-                keep = [live.pop() if row.finish else b for b, row in enumerate(rows[: len(live)])]  # the last fill the gaps, so that the others' experts stay
+                keep = [live.pop() if row.finish else b for b, row in enumerate(rows[: len(live)])]  # the last fill the gaps (the slice comes before any pop), so that the others' experts stay
                 rows, token, own = [rows[b] for b in keep], token[keep], None
                 cache.each(lambda x: x[keep])
 

@@ -104,10 +104,12 @@ class Adapted(torch.autograd.Function):
             by_x = product(grad, weight.t() if transposed is None else transposed)  # (N, D_out) x (D_out, D_in) -> (N, D_in)
         for x_run, m, A_run, by_h_run, by_x_run in zip(x.split(a_sizes), split_or_none(mask, a_sizes), A, by_h.split(a_sizes), split_or_none(by_x, a_sizes)):
             m = None if m is None else m.to(x.dtype)
-            if by_x is not None and m is None:
-                by_x_run.addmm_(by_h_run, A_run)  # (n, R) x (R, D_in)
-            elif by_x is not None:
-                by_x_run.addcmul_(torch.zeros_like(x_run).addmm_(by_h_run, A_run), m)  # added to zeros, since MKL takes two to five times as long for a new tensor
+            if by_x is not None:
+                below = torch.zeros_like(x_run).addmm_(by_h_run, A_run)  # (n, R) x (R, D_in); MKL takes up to five times as long where it does not add
+                if m is None:
+                    by_x_run += below
+                else:
+                    by_x_run.addcmul_(below, m)
             by_A.append(by_h_run.t() @ (x_run if m is None else m.mul_(x_run)))  # (R, n) x (n, D_in)
         return by_x, *[None] * 7, *by_A, *by_B
 
@@ -267,7 +269,7 @@ class Recorded:
     `first` is the result for the inputs at the beginning."""
 
     def __init__(self, before, function, *inputs):
-        """before: the record made before this one, whose stream is taken, since libraries keep memory for each, or None."""
+        """before: the last record or None; its stream is taken over, since libraries keep memory for every stream."""
         self.aside = before.aside if before else torch.cuda.Stream()
         self.inputs, self.graph = [x.clone() for x in inputs], torch.cuda.CUDAGraph()
         self.aside.wait_stream(torch.cuda.current_stream())

@@ -83,7 +83,8 @@ def test_grouped_rows_equal_rows_on_their_own(lm, variant):
     every = [(s, t) for s in LANGUAGES for t in LANGUAGES if s != t]
     mixed = [("de", "zh"), ("en", "is"), ("zh", "en"), ("de", "is"), ("is", "zh")]
     before = None
-    for directions in (mixed, mixed * 5 + every, every, [("de", "zh")] * 7, [("de", "zh"), ("en", "is")], [("de", "en"), ("zh", "en"), ("de", "en"), ("ru", "en")]):
+    fan = [("de", t) for t in LANGUAGES if t != "de"]  # many rows an expert on one side, one on the other
+    for directions in (mixed, mixed * 5 + every, fan + [("en", t) for t in LANGUAGES if t != "en"], fan, [way[::-1] for way in fan], every, [("de", "zh")] * 7, [("de", "zh"), ("en", "is")], [("de", "en"), ("zh", "en"), ("de", "en"), ("ru", "en")]):
         src, tgt = zip(*directions)
         for again in (None, before):  # into memory of its own, and into that of the rows before
             before = adapter.grouped(src, tgt, before=again)
@@ -95,7 +96,7 @@ def test_grouped_rows_equal_rows_on_their_own(lm, variant):
                     assert torch.allclose(ours, theirs, atol=1e-5) and ours.abs().max() > 0.1
 
 
-def test_an_expert_that_is_wanted_again_stays_where_it_is(lm):
+def test_an_expert_at_its_place_already_is_not_copied_again(lm):
     adapter = randomise(CrossLoRA(lm.cfg, list(LANGUAGES), rank=4, alpha=8))
 
     def after(first, second):
@@ -112,6 +113,8 @@ def test_an_expert_that_is_wanted_again_stays_where_it_is(lm):
     # Three rows an expert: a block each, in the order of their names.
     A, B = after((["de", "zh", "is"] * 3, ["en", "ru", "cs"] * 3), (["zh", "cs", "is"] * 3, ["ru", "en", "de"] * 3))
     assert A == [("cs", True), ("is", False), ("zh", False)] and B == [("de", True), ("en", False), ("ru", False)]
+    A, B = after((["de", "is", "zh"] * 3, ["en"] * 9), (["cs", "de", "is", "zh"] * 3, ["en"] * 12))
+    assert all(copied for _, copied in A) and not any(copied for _, copied in B)  # the new one comes first and moves all others
     # Two at most: every row is a block, at its own place.
     A, B = after((["de", "zh", "de", "is"], ["en", "en", "ru", "cs"]), (["de", "cs", "de"], ["zh", "en", "ru"]))
     assert A == [("de", False), ("cs", True), ("de", False)] and B == [("zh", True), ("en", False), ("ru", False)]
@@ -334,16 +337,34 @@ def test_waiting_rows_take_the_places_of_ended_ones(engine, monkeypatch):
 
 
 @pytest.mark.parametrize("variant", ["crosslora", "lora", "molora-topk", None])
-def test_a_gpus_way_of_decoding_gives_the_same(checkpoint, variant, monkeypatch):
-    """All experts at hand, steps from a record, half of the places given back at a time; the rest of a GPU is in test_gpu.py."""
+def test_a_gpus_way_of_stepping_gives_the_same(checkpoint, variant, monkeypatch):
+    """All experts at hand, steps from a record, made anew whenever the cache has moved: as rows grow, as half of the places are given back."""
     lm = backbone.load(checkpoint)
     adapter = None if variant is None else randomise(CrossLoRA(lm.cfg, list(LANGUAGES), rank=4, alpha=8, variant=variant))
-    make = lambda: iter([Row(i, list(range(5, 6 + 7 * (i % 5))), *(("de", "zh"), ("en", "is"), ("ru", "en"))[i % 3], 1 + (11 * i) % 83) for i in range(160)])
+    make = lambda: iter([Row(i, list(range(5, 6 + 7 * (i % 5))), *(("de", "zh"), ("en", "is"), ("ru", "en"))[i % 3], 1 + (11 * i) % 163) for i in range(160)])
     wanted = {row.key: row.out for row in decode(lm, adapter, torch.float32, make(), (), 8)}
     monkeypatch.setattr(generate, "Recorded", CalledAnew)
     monkeypatch.setattr(CalledAnew, "made", 0)
+    shapes, forward = [], type(lm).forward  # of the cache, at every step
+    monkeypatch.setattr(type(lm), "forward", lambda self, tokens, lora, rows, cache, *rest: (shapes.append(tuple(cache.k[0].shape)) if rows.places is None else None) or forward(self, tokens, lora, rows, cache, *rest))
     assert {row.key: row.out for row in decode(lm, adapter, torch.float32, make(), (), 140, record=True)} == wanted and len(wanted) == 160
-    assert 3 <= CalledAnew.made <= 8  # as the cache grows, and as places are given back
+    different = [shape for shape, _ in itertools.groupby(shapes)]
+    places, slots, *_ = zip(*different)
+    assert CalledAnew.made == len(different) and len(set(places)) >= 3 and len(set(slots)) >= 2
+
+
+def test_places_that_are_given_back_leave_other_rows_where_they_are(engine, monkeypatch):
+    """Rows of thirty directions, none waiting: of the places that remain as many change as were free among them."""
+    directions = [(s, t) for s in LANGUAGES for t in LANGUAGES if s != t]
+    rows = [Row(i, [5 + i, 6, 7], *way, 1 + (7 * i) % 30) for i, way in enumerate(directions)]
+    seen, grouped = [], CrossLoRA.grouped
+    monkeypatch.setattr(CrossLoRA, "grouped", lambda self, src, tgt, *rest: seen.append(list(zip(src, tgt))) or grouped(self, src, tgt, *rest))
+    ends = {(row.src_lang, row.tgt_lang): row.room for row in decode(engine.model, engine.adapter, engine.dtype, iter(rows), (), 30)}
+    assert len(ends) == 30 and len(seen) > 5
+    for before, after in zip(seen, seen[1:]):
+        assert set(after) < set(before) and min(ends[way] for way in after) > max(ends[way] for way in set(before) - set(after))
+        gone = [way not in after for way in before[: len(after)]]
+        assert [a != b for a, b in zip(before, after)] == gone
 
 
 def test_what_prompts_of_a_direction_have_in_common_is_read_once(engine, monkeypatch):
