@@ -1,5 +1,6 @@
 """What README, Makefile and the size limits promise."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -40,6 +41,7 @@ def test_readme_shows_what_was_measured():
     printed = lambda script: subprocess.run([sys.executable, ROOT / "bench" / script], capture_output=True, text=True, check=True).stdout
     assert printed("tables.py").count("|") > 50 and printed("tables.py") in readme
     assert printed("projection.py").partition("\n")[2] in readme
+    assert f"about {json.loads((ROOT / 'bench/results/projection.json').read_text())['gpu_hours']['all']:.1f} GPU-hours" in readme
 
 
 def test_defaults_are_the_papers(monkeypatch):
