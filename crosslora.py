@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from files import UserError, read_json, run_main, write_atomic
-from kernels import Adapted, blocks, kept
+from kernels import Adapted, SideBySide, blocks, kept
 
 TARGET_MODULES = ("gate_proj", "up_proj", "down_proj")  # section A.1
 GROUPS = "en,de,is/cs,ru/zh"  # Table 4
@@ -202,7 +202,7 @@ class CrossLoRA(nn.Module):
         return ROUTES[self.variant](self.group[src_lang], self.group[tgt_lang])
 
     def forward(self, src_langs, tgt_langs, dtype=torch.float32, dropout=False, counts=None, last=None, together=None, stacked=None):
-        """The experts of each row: a list over layers of {projection: PerRow, EveryExpert or RoutedLowRank}.
+        """The experts of each row: over layers {projection: PerRow, EveryExpert or RoutedLowRank}, a list, or of EveryExpert a generator, good for one pass.
 
         src_langs, tgt_langs: B language codes. dtype: that of the backbone's activations. Gradients reach the experts present and no others. counts: how many tokens
         of each row stand one after another, and last: how many of them in the last layer, if not all; without counts the rows are of one length, whatever it is.
@@ -215,8 +215,8 @@ class CrossLoRA(nn.Module):
         routes = [self.route(s, t) for s, t in zip(src_langs, tgt_langs, strict=True)]
         if together or together is None and counts is not None and next(self.parameters()).is_cuda:
             present = None if stacked else [sorted(set(side)) for side in zip(*routes)]
-            stacked, everywhere, there = stacked or self.stacked(dtype, present), *(self.places(src_langs, tgt_langs, n, present) for n in (counts, last))
-            return self.by_token(stacked[:-1], everywhere, dropout) + self.by_token(stacked[-1:], there, dropout)
+            everywhere, there = (self.places(src_langs, tgt_langs, n, present) for n in (counts, last))
+            return self.by_token(stacked or self.stacked(dtype, present), [everywhere] * (len(self.layers) - 1) + [there], dropout)
         everywhere, there = ([runs(names, n or [1] * len(routes)) for names in zip(*routes)] for n in (counts, last))
         *others, end = self.layers
         return (self._each_bank(lambda bank: PerRow(bank, *everywhere, scale, p, dtype), others)
@@ -234,10 +234,11 @@ class CrossLoRA(nn.Module):
                 for i, layer in enumerate(self.layers)]
 
     def stacked(self, dtype, experts=None):
-        """Experts as EveryExpert takes them, `experts` of A and B or all: a list over layers of {projection: (A, B)}."""
+        """Experts as EveryExpert takes them, `experts` of A and B or all, for every layer {projection: (A, B)}, made as they are asked for, so that a GPU has the layers before to compute."""
         a, b = experts or self.experts
-        join = lambda bank, names, dim, *more: torch.cat([*(bank[name] for name in names), *more], dim).to(dtype)
-        return self._each_bank(lambda bank: (join(bank.lora_A, a, 0, torch.zeros_like(bank.lora_A[a[0]])), join(bank.lora_B, b, 1)))
+        every_A = lambda bank: torch.cat([*(bank.lora_A[name] for name in a), torch.zeros_like(bank.lora_A[a[0]])]).to(dtype)  # (n*R + R, D_in)
+        every_B = lambda bank: SideBySide.apply(dtype, *(bank.lora_B[name] for name in b))  # (D_out, m*R)
+        return ({name: (every_A(bank), every_B(bank)) for name, bank in layer.items()} for layer in self.layers)
 
     def places(self, src_langs, tgt_langs, counts, experts=None):
         """EveryExpert's `own` for rows of `counts` tokens one after another, among `experts` or all."""
@@ -248,8 +249,8 @@ class CrossLoRA(nn.Module):
         return torch.where(column // R == tgt, src * R, len(a) * R).add_(column % R).to(device)
 
     def by_token(self, stacked, own, dropout=False):
-        """As forward, from what stacked() and places() give: a list over layers of {projection: EveryExpert}."""
-        return [{name: EveryExpert(*experts, own, self.alpha / self.rank, self.dropout if dropout else 0.0) for name, experts in layer.items()} for layer in stacked]
+        """As forward, a generator, from what stacked() gives and what places() gives for each layer."""
+        return ({name: EveryExpert(*experts, mine, self.alpha / self.rank, self.dropout if dropout else 0.0) for name, experts in layer.items()} for layer, mine in zip(stacked, own))
 
     def _each_bank(self, update, layers=None):
         return [{name: update(bank) for name, bank in layer.items()} for layer in (self.layers if layers is None else layers)]
@@ -334,8 +335,7 @@ def export_peft(folder, src_lang, tgt_lang, out):
         raise UserError(f"--src and --tgt are both {src_lang}")
     if description["variant"] == "molora-topk":
         raise UserError(f"{folder}: a learned router is not one LoRA; only adapters with a static router can be exported")
-    shape = SimpleNamespace(hidden_size=1, intermediate_size=1, num_hidden_layers=0)
-    adapter = described(description, shape)  # its routes and ranks; the tensors are read below
+    adapter = described(description, SimpleNamespace(hidden_size=1, intermediate_size=1, num_hidden_layers=0))  # its routes and ranks; the tensors are read below
     a, b = adapter.route(src_lang, tgt_lang)
     pinned = description["backbone"]  # as files.resolve names it
     repository, revision = pinned.split("@", 1) if "@" in pinned and not Path(pinned).is_absolute() else (pinned, None)

@@ -99,7 +99,7 @@ def decode(lm, adapter, dtype, queue, stop_ids, batch_size, record=None):
     cache, token = backbone.KVCache(lm.cfg, len(rows), 0, device, dtype), torch.zeros(len(rows), dtype=torch.long, device=device)
     record = device.type == "cuda" if record is None else record
     every = adapter((), (), dtype) if adapter is not None and adapter.learned else None  # for any rows; once, since a record keeps to its memory
-    stacked = adapter.stacked(dtype) if record and adapter is not None and every is None else None
+    stacked = [*adapter.stacked(dtype)] if record and adapter is not None and every is None else None
     direction = lambda b: (rows[b].src_lang, rows[b].tgt_lang)
     languages = lambda places: zip(*map(direction, places))  # (src_langs, tgt_langs)
 
@@ -118,7 +118,7 @@ def decode(lm, adapter, dtype, queue, stop_ids, batch_size, record=None):
 
     def step(token, at, *own):
         these = Rows([1] * len(token), torch.arange(len(token) + 1, dtype=torch.int32, device=device), at[None])
-        hidden = lm(token[None], adapter.by_token(stacked, *own) if own else lora, these, cache)  # (1, B, D)
+        hidden = lm(token[None], adapter.by_token(stacked, itertools.repeat(own[0])) if own else lora, these, cache)  # (1, B, D)
         return lm.head(hidden[0]).argmax(-1)  # (B, V) -> (B,)
 
     own = lora = recorded = shape = None

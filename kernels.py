@@ -118,6 +118,21 @@ def split_or_none(x, sizes):
     return [None] * len(sizes) if x is None else x.split(sizes)
 
 
+class SideBySide(torch.autograd.Function):
+    """m matrices B (D_out, R) as one (D_out, m*R) in `dtype`. Their gradients lie one after another, so that each B takes its own as it is: of torch.cat's
+    gradient its columns lie in pieces, autograd copies them for every B, and a host takes longer to start thousands of copies than a GPU for its products."""
+
+    @staticmethod
+    def forward(ctx, dtype, *each):
+        ctx.dtype, ctx.R = each[0].dtype, each[0].shape[1]
+        return torch.cat(each, 1).to(dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.unflatten(1, (-1, ctx.R)).transpose(0, 1)  # (D_out, m*R) -> (D_out, m, R) -> (m, D_out, R)
+        return None, *torch.empty(grad.shape, dtype=ctx.dtype, device=grad.device).copy_(grad).unbind()
+
+
 def blocks(names):
     """Deal rows to blocks of one size, each of one expert, given the expert of every row: (expert of each block, row of
     each place in the blocks, place of each row). A block that is not full repeats one of its rows. Where an expert has two rows or

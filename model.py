@@ -250,7 +250,7 @@ class CausalLM(nn.Module):
     def forward(self, tokens, lora=None, rows=None, cache=None, wanted=None):
         """Hidden states of `tokens` (B, T): all, (B, T, D), or those at `wanted` (B, W), indices into T, (B, W, D).
 
-        lora: per layer a dict of functions, (projection, x (B, T, D_in)) -> (B, T, D_out): eq. 1, what the Linear `projection` gives and the
+        lora: an iterable over layers of dicts of functions, (projection, x (B, T, D_in)) -> (B, T, D_out): eq. 1, what the Linear `projection` gives and the
         update of eq. 4 (see crosslora.CrossLoRA); None is the bare backbone.
         rows: with B = 1, kernels.Rows that stand one after another in T, so that nothing is padded. Without it each of B is a row, padded
         on the right: under the causal mask no token sees what comes after it.
@@ -263,10 +263,10 @@ class CausalLM(nn.Module):
         attend = lambda q, k, v: attention(q, k, v, rows)
         if cache is not None:
             at, *spans = cache.where(rows)
-        for i, layer in enumerate(self.model.layers):
+        for i, (layer, updates) in enumerate(zip(self.model.layers, lora or [None] * len(self.model.layers), strict=True)):
             if cache is not None:
                 attend = lambda q, k, v, i=i: cached_attention(q, *cache.update(i, k, v, at), rows, *spans)
-            x = layer(x, cos, sin, attend, lora and lora[i], wanted if layer is self.model.layers[-1] else None)  # after its attention no token needs another's states
+            x = layer(x, cos, sin, attend, updates, wanted if layer is self.model.layers[-1] else None)  # after its attention no token needs another's states
         return self.model.norm(x)
 
     def head(self, hidden):

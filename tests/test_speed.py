@@ -71,7 +71,7 @@ def test_dropout_leaves_the_expectation(lm, together):
     adapter = randomise(CrossLoRA(lm.cfg, list(LANGUAGES), rank=4, alpha=8, dropout=0.3))
     x = torch.randn(1, 3, lm.cfg.hidden_size).expand(4000, -1, -1)
     torch.manual_seed(1)
-    lora = (adapter(["de"] * 4000, ["zh"] * 4000, dropout=drops, counts=[3] * 4000, last=[3] * 4000, together=together)[0]["gate_proj"] for drops in (False, True))
+    lora = (next(iter(adapter(["de"] * 4000, ["zh"] * 4000, dropout=drops, counts=[3] * 4000, last=[3] * 4000, together=together)))["gate_proj"] for drops in (False, True))
     exact, dropped = (update_alone(update, x, lm.cfg.intermediate_size) for update in lora)
     assert (dropped.mean(0) - exact[0]).abs().max() < 6 * dropped.std(0).max() / 4000**0.5 and dropped.std(0).max() > 0
 
@@ -137,6 +137,26 @@ def test_all_experts_for_all_tokens_equal_each_rows_own(checkpoint, sentences, v
     assert variant != "crosslora" or any(a is None for a in grads)
     adapter.dropout = 0.3
     assert sums(together)[2] > 1e-3  # R-Drop's copies differ
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_experts_side_by_side_are_cat_and_take_their_gradients_as_they_lie(dtype):
+    experts = [torch.randn(5, 3, requires_grad=True) for _ in range(4)]
+    ours, theirs = kernels.SideBySide.apply(dtype, *experts), torch.cat(experts, 1).to(dtype)
+    assert torch.equal(ours, theirs) and ours.dtype == dtype
+    grads, wanted = (torch.autograd.grad(y, experts, (y * y).detach()) for y in (ours, theirs))
+    for grad, other in zip(grads, wanted):
+        assert torch.equal(grad, other) and grad.dtype == torch.float32
+    assert all(grad.is_contiguous() for grad in grads) and not any(grad.is_contiguous() for grad in wanted)  # .backward() copies such as are not
+
+
+def test_experts_made_for_one_pass_are_not_taken_for_none_in_the_next(lm):
+    adapter = randomise(CrossLoRA(lm.cfg, list(LANGUAGES), rank=4, alpha=8))
+    tokens, rows = torch.tensor([[5, 6, 7]]), kernels.Rows.of([3], "cpu")
+    lora = adapter(["de"], ["zh"], counts=[3], together=True)
+    assert not torch.equal(lm(tokens, lora, rows), lm(tokens, None, rows))
+    with pytest.raises(ValueError, match="shorter"):
+        lm(tokens, lora, rows)
 
 
 @pytest.mark.parametrize("variant", ["crosslora", "molora-topk"])
