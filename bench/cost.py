@@ -1,6 +1,6 @@
 """What CrossLoRA costs over a plain LoRA of rank 16 in the same code, in training and decoding, for 6 languages and for 100.
 
-    python bench/cost.py --size S [--repeats 7] [--out bench/results/cost_S.json]
+    python bench/cost.py --size S [--repeats 7] [--out bench/results/cost_S.json]    # training, which is short, three times as often
 
 The rows' own directions among 6 languages, and random ones among 100. The plain LoRA is the same adapter on the same rows and directions (which say
 what of a prompt is copied from another's), with one expert of A and one of B for all. Run in turn; training is forward and backward of a batch without the
@@ -73,7 +73,7 @@ def main():
         lower(itertools.chain(lm.parameters(), *(adapter.parameters() for adapter in adapters.values() if what == "decoding")), dtype)
         lm.pack(training=what == "training")
         runs = {(name, one): make(lm, plain(adapters[name]) if one else adapters[name], langs) for name, (_, langs) in directions.items() for one in (True, False)}
-        times = alternate(runs, args.repeats, device)
+        times = alternate(runs, args.repeats * (3 if what == "training" else 1), device)
         result[what] = {name: ratios(times, (name, False), (name, True)) for name in directions}
         del lm
     result["machine"] = machine(device)
