@@ -211,7 +211,7 @@ class CrossLoRA(nn.Module):
         scale, p, last = self.alpha / self.rank, self.dropout if dropout else 0.0, last or counts
         if self.learned:
             every = lambda experts: torch.stack(list(experts.values())).to(dtype)  # (n, M, N)
-            return self._each_bank(lambda bank: RoutedLowRank(every(bank.lora_A), every(bank.lora_B), bank.router, self.top_k, scale, p))
+            return [*self._each_bank(lambda bank: RoutedLowRank(every(bank.lora_A), every(bank.lora_B), bank.router, self.top_k, scale, p))]
         routes = [self.route(s, t) for s, t in zip(src_langs, tgt_langs, strict=True)]
         if together or together is None and counts is not None and next(self.parameters()).is_cuda:
             present = None if stacked else [sorted(set(side)) for side in zip(*routes)]
@@ -219,8 +219,8 @@ class CrossLoRA(nn.Module):
             return self.by_token(stacked or self.stacked(dtype, present), [everywhere] * (len(self.layers) - 1) + [there], dropout)
         everywhere, there = ([runs(names, n or [1] * len(routes)) for names in zip(*routes)] for n in (counts, last))
         *others, end = self.layers
-        return (self._each_bank(lambda bank: PerRow(bank, *everywhere, scale, p, dtype), others)
-                + self._each_bank(lambda bank: PerRow(bank, *there, scale, p, dtype), [end]))
+        return [*self._each_bank(lambda bank: PerRow(bank, *everywhere, scale, p, dtype), others),
+                *self._each_bank(lambda bank: PerRow(bank, *there, scale, p, dtype), [end])]
 
     def grouped(self, src_langs, tgt_langs, dtype=torch.float32, before=None):
         """As forward, for decoding, without dropout and derivatives: a list over layers of {projection: LowRank}. before: the list it gave for
@@ -238,7 +238,7 @@ class CrossLoRA(nn.Module):
         a, b = experts or self.experts
         every_A = lambda bank: torch.cat([*(bank.lora_A[name] for name in a), torch.zeros_like(bank.lora_A[a[0]])]).to(dtype)  # (n*R + R, D_in)
         every_B = lambda bank: SideBySide.apply(dtype, *(bank.lora_B[name] for name in b))  # (D_out, m*R)
-        return ({name: (every_A(bank), every_B(bank)) for name, bank in layer.items()} for layer in self.layers)
+        return self._each_bank(lambda bank: (every_A(bank), every_B(bank)))
 
     def places(self, src_langs, tgt_langs, counts, experts=None):
         """EveryExpert's `own` for rows of `counts` tokens one after another, among `experts` or all."""
@@ -253,7 +253,7 @@ class CrossLoRA(nn.Module):
         return ({name: EveryExpert(*experts, mine, self.alpha / self.rank, self.dropout if dropout else 0.0) for name, experts in layer.items()} for layer, mine in zip(stacked, own))
 
     def _each_bank(self, update, layers=None):
-        return [{name: update(bank) for name, bank in layer.items()} for layer in (self.layers if layers is None else layers)]
+        return ({name: update(bank) for name, bank in layer.items()} for layer in (self.layers if layers is None else layers))
 
     def describe(self, backbone_name, fingerprint, prompt_format, tokenizer_sha256, seed, steps):
         """The content of adapter.json: all that is needed to rebuild the adapter and to refuse a wrong backbone."""
