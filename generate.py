@@ -108,7 +108,6 @@ def decode(lm, adapter, dtype, queue, stop_ids, batch_size, record=None):
         at_rows = torch.tensor(part, device=device)
         like = [known.get(direction(b), b) for b in part]
         had = [0 if a == b else len(os.path.commonprefix([rows[a].prompt, rows[b].prompt[:-1]])) for a, b in zip(like, part)]  # works on ids too
-        cache.reserve(max(len(rows[b].prompt) + min(len(rows[b].prompt), rows[b].room) for b in part))  # an output is about as long: the cache moves seldom
         cache.copy(torch.tensor(like, device=device), at_rows, max(had))
         new = [rows[b].prompt[n:] for b, n in zip(part, had)]
         these = Rows.of([*map(len, new)], device, had, at_rows)
@@ -126,6 +125,7 @@ def decode(lm, adapter, dtype, queue, stop_ids, batch_size, record=None):
         if fresh:
             own = None  # out of date: the next step finds them anew, for all rows
             fresh.sort(key=lambda b: -len(rows[b].prompt))
+            cache.reserve(max(len(rows[b].prompt) + min(len(rows[b].prompt), rows[b].room) for b in fresh))  # an output is about as long: the cache moves seldom
             known = {direction(b): b for b in set(range(len(rows))).difference(fresh) if not rows[b].finish}  # a step writes over slot 0 of ended ones
             first = {direction(b): b for b in reversed(fresh) if direction(b) not in known}  # the longest of each direction is read whole, then the others
             for some in first.values(), [b for b in fresh if first.get(direction(b)) != b]:
@@ -141,7 +141,7 @@ def decode(lm, adapter, dtype, queue, stop_ids, batch_size, record=None):
             at = [0 if row.finish else len(row.prompt) + len(row.out) - 1 for row in rows]  # where each row's last token stands
             cache.reserve(max(at) + 1)
             at = torch.tensor(at, device=device)
-            if record and shape != cache.k[0].shape:  # no record yet, or for a cache that has moved
+            if record and shape != cache.k[0].shape:  # no record yet, or for another cache: it moves as rows grow, and has fewer places as they end
                 recorded, shape = Recorded(recorded, step, token, at, *own), cache.k[0].shape
                 token = recorded.first
             else:
@@ -161,12 +161,14 @@ def decode(lm, adapter, dtype, queue, stop_ids, batch_size, record=None):
             fresh = free[: len(waiting)]
             for b, row in zip(fresh, waiting):
                 rows[b] = row
-            one_in = 5 if not record else 2 if len(rows) > 64 else 1  # so many places free, and copying the cache pays, on a GPU recording anew too
+            one_in = 5 if not record else 2 if len(rows) > 64 else 1  # so many places free, and finding the rows' experts anew pays, on a GPU recording too
             if not waiting and one_in * len(free) >= len(rows):
                 live = [b for b, row in enumerate(rows) if not row.finish]
-                keep = [live.pop() if row.finish else b for b, row in enumerate(rows[: len(live)])]  # the last fill the gaps (the slice comes before any pop), so that the others' experts stay
+                keep = [live.pop() if row.finish else b for b, row in enumerate(rows[: len(live)])]  # the last fill the gaps (the slice comes before any pop), so that the others stay, with their experts
+                gaps = torch.tensor([b for b in free if b < len(keep)], dtype=torch.long, device=device)
+                cache.copy(torch.tensor(keep, dtype=torch.long, device=device)[gaps], gaps)
+                cache.each(lambda x: x[: len(keep)])
                 rows, token, own = [rows[b] for b in keep], token[keep], None
-                cache.each(lambda x: x[keep])
 
 
 def decoding_order(rows):

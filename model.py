@@ -144,14 +144,12 @@ class KVCache:
 
     def reserve(self, slots):
         """Make room for at least `slots` slots, and some more, since rows grow by one."""
-        missing = slots - self.k[0].shape[1]
-        if missing > 0:
-            self.each(lambda x: F.pad(x, (0, 0, 0, 0, 0, missing + 63)))
+        if slots > self.k[0].shape[1]:
+            self.each(lambda x: F.pad(x, (0, 0, 0, 0, 0, slots + 63 - x.shape[1])))
 
     def where(self, rows):
         """Of a pass over kernels.Rows: the slot of each token among those of all places (T,), and kernels.cached_attention's begins and filled."""
-        places = torch.arange(len(self.k[0]), device=rows.starts.device) if rows.places is None else rows.places
-        begins = places * self.k[0].shape[1]  # (n,), of places (n,)
+        begins = (torch.arange(len(self.k[0]), device=rows.starts.device) if rows.places is None else rows.places) * self.k[0].shape[1]  # (n,)
         at = begins.repeat_interleave(rows.starts.diff(), output_size=rows.positions.numel()) + rows.positions[0]  # (n,) -> (T,)
         return at, F.pad(begins, (0, 1)).int(), rows.positions[0, rows.starts[1:] - 1].int() + 1
 
@@ -161,8 +159,8 @@ class KVCache:
             side[layer].view(-1, *side[layer].shape[2:]).index_copy_(0, at, x[0].transpose(0, 1))  # (places, S, G, K) -> (places*S, G, K); (G, T, K) -> (T, G, K)
         return self.k[layer], self.v[layer]
 
-    def copy(self, source, target, slots):
-        """The first `slots` slots of the places `target` become those of `source`, both (n,)."""
+    def copy(self, source, target, slots=None):
+        """The first `slots` slots, or all, of the places `target` become those of `source`, both (n,)."""
         for x in self.k + self.v:
             x[target, :slots] = x[source, :slots]  # (n, slots, G, K)
 

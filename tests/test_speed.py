@@ -358,7 +358,7 @@ def test_waiting_rows_take_the_places_of_ended_ones(engine, monkeypatch):
 
 @pytest.mark.parametrize("variant", ["crosslora", "lora", "molora-topk", None])
 def test_a_gpus_way_of_stepping_gives_the_same(checkpoint, variant, monkeypatch):
-    """All experts at hand, steps from a record, made anew whenever the cache has moved: as rows grow, as half of the places are given back."""
+    """All experts at hand, steps from a record, made anew whenever the cache is another: as rows grow, as half of the places are given back."""
     lm = backbone.load(checkpoint)
     adapter = None if variant is None else randomise(CrossLoRA(lm.cfg, list(LANGUAGES), rank=4, alpha=8, variant=variant))
     make = lambda: iter([Row(i, list(range(5, 6 + 7 * (i % 5))), *(("de", "zh"), ("en", "is"), ("ru", "en"))[i % 3], 1 + (11 * i) % 163) for i in range(160)])
