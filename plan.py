@@ -14,10 +14,11 @@ from kernels import LOGITS
 
 
 def pass_tokens(args, cfg, device):
-    """--micro-batch-tokens, or its default: "cuda" takes what --micro-batch-size rows of --max-length hold, "cpu" what its caches do."""
+    """--micro-batch-tokens, or its default: "cuda" takes what --micro-batch-size rows of --max-length hold, "cpu" what its caches do,
+    but enough for reading a weight from memory, once a pass, to be little beside the products."""
     if args.micro_batch_tokens is not None:
         return args.micro_batch_tokens
-    return args.micro_batch_size * args.max_length if device == "cuda" else max(1, 2**20 // cfg.intermediate_size)
+    return args.micro_batch_size * args.max_length if device == "cuda" else max(384, 2**20 // cfg.intermediate_size)
 
 
 def micro_batches(rows, args):

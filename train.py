@@ -173,7 +173,7 @@ def parse_args():
     parser.add_argument("--batch-size", type=int, default=32, help="effective batch: ranks x micro-batch x accumulation, whatever the passes (section A.1)")
     parser.add_argument("--micro-batch-size", type=int, default=4, help="rows of --max-length a rank and pass, where --micro-batch-tokens says nothing else (section A.1)")
     parser.add_argument("--micro-batch-tokens", type=int, help="tokens a rank and pass, so that more rows share one when they are short; 0: always --micro-batch-size rows; "
-                        "default: on a GPU what --micro-batch-size rows of --max-length hold, on a CPU 2^20 / intermediate_size, since more outgrow its caches")
+                        "default: on a GPU what --micro-batch-size rows of --max-length hold, on a CPU 2^20 / intermediate_size, since more outgrow its caches, but 384 at least")
     parser.add_argument("--max-length", type=int, default=512, help="tokens a pair, longer ones are dropped (section A.1)")
     parser.add_argument("--keep", default="last", choices=["last", "best"], help="which epoch's adapter: the last, or the lowest dev loss")
     parser.add_argument("--save-every", type=int, default=200, help="steps between checkpoints")

@@ -20,7 +20,7 @@ from crosslora import CrossLoRA
 from data import LANGUAGES
 from generate import Row, decode
 from kernels import kept, linear
-from plan import micro_batches
+from plan import micro_batches, pass_tokens
 from test_train import close, one_process, setup
 from train import forward_sums
 
@@ -42,6 +42,15 @@ def test_passes_are_the_evenest_of_the_fewest(limit):
 def test_passes_of_rows():
     rows = [SimpleNamespace(ids=[0] * n) for n in range(1, 8)]
     assert micro_batches(rows, SimpleNamespace(micro_batch_tokens=0, micro_batch_size=3)) == [rows[:3], rows[3:6], rows[6:]]
+
+
+def test_tokens_of_a_pass():
+    """The flag's, even 0; else on a CPU so many that an intermediate tensor has 2^20 elements but 384 at least, on a GPU full rows."""
+    asked = lambda tokens: SimpleNamespace(micro_batch_tokens=tokens, micro_batch_size=4, max_length=512)
+    width = lambda size: SimpleNamespace(intermediate_size=size)
+    assert [pass_tokens(asked(n), width(1408), device) for n in (0, 77) for device in ("cpu", "cuda")] == [0, 0, 77, 77]
+    assert [pass_tokens(asked(None), width(size), "cpu") for size in (1408, 4864, 14336)] == [744, 384, 384]
+    assert pass_tokens(asked(None), width(14336), "cuda") == 2048
 
 
 def test_passes_cut_by_tokens_give_the_same_gradient(checkpoint, sentences):
