@@ -16,7 +16,7 @@ def ratio(r):
 def tables():
     """Training, decoding and CrossLoRA's own cost as markdown, a row a result file."""
     read = lambda kind: [json.loads(path.read_text()) for path in sorted((ROOT / "bench/results").glob(f"{kind}_*.json"), key=lambda path: ("SML".find(path.stem.split("_")[1]), path.stem))]
-    size = lambda r: r["size"] + (f", {r['machine']['device']}" if "NVIDIA" in r["machine"]["device"] else "") + ("" if r["machine"]["allocator"] == "default" else ", tuned allocator")
+    size = lambda r: f"{r['size']}, {r['machine']['device'].replace('(R)', '').removesuffix(' Processor')}" + ("" if r["machine"]["allocator"] == "default" else ", tuned allocator")
     train = [[size(r), str(r["tokens_per_s"]["ours"]), ratio(r.get("ratio_usual")), ratio(r.get("ratio_tuned")), f"{r['utilisation']:.0%}",
               *(f"{r['peak_mib'][name]:,}" if name in r["peak_mib"] else "-" for name in ("ours", "usual", "tuned")), str(r["pairs"])] for r in read("train")]
     decode = []
