@@ -6,6 +6,7 @@ attention B batch rows of T tokens, H query heads, G key/value heads, K head dim
 
 import itertools
 import platform
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -13,34 +14,48 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.varlen import varlen_attn
 
-# torch hands fp32 products to MKL, which keeps to AVX2 on other makers' processors and is slow where tokens are few. oneDNN,
-# a part of torch too, asks the processor and took a half to nine tenths of the time on AMD EPYCs (bench/NOTES.md).
+# What multiplies by a frozen weight that lies packed, each a part of torch: on Intel's processors MKL; on others, where MKL keeps to AVX2, oneDNN, which
+# took a half to nine tenths of its time on AMD EPYCs (bench/NOTES.md). None: there plain weights are as good as it gets.
+PROCESSOR = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else platform.processor()
+MKL = getattr(torch.ops.mkl, "_mkl_linear", None) if torch.backends.mkl.is_available() and "GenuineIntel" in PROCESSOR else None
 ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AMD64") else None
 LOGITS = {"cpu": 2**23, "cuda": 2**27}  # elements held at one time; blocks over 32 MiB glibc returns at once, and fresh pages cost time
 BLOCK = 2**20  # of those, elements that a CPU works on together: 4 MiB stay in its caches from one operation to the next
 
 
-def by_onednn(x):
-    return ONEDNN is not None and not x.is_cuda and x.dtype == torch.float32
+class Packed:
+    """A frozen weight (D_out, D_in), fp32 on a CPU, in the order in which MKL or oneDNN multiplies it, which it otherwise finds anew for every product: a few
+    tokens take half the time. Only `product` can read it."""
 
+    requires_grad = False
 
-def product(x, weight, bias=None, update=None):
-    """x (..., D_in) times weight, plus bias (D_out,), plus update (..., D_out): (..., D_out). Without derivatives where oneDNN computes, that is on
-    a CPU in fp32, but for a weight that is trained."""
-    y = ONEDNN(x, weight, bias, "none", [], "") if by_onednn(x) and not weight.requires_grad else F.linear(x, weight, bias)
-    return y if update is None else y.add_(update)
+    def __init__(self, weight):
+        self.shape, weight = weight.shape, weight.detach().contiguous()
+        if MKL:  # told of fewer tokens it is slower, with more it leaves a thread idle where D_out is less than twice as many
+            self.data, self.shaped = torch.ops.mkl._mkl_reorder_linear_weight(weight, 256), torch.empty(1, 1).expand(weight.shape)
+        else:
+            self.data = torch.ops.mkldnn._reorder_linear_weight(weight, 32)  # tokens expected; 8 and 1,024 give the same on an AVX-512 EPYC
+
+    def product(self, x, bias):
+        assert x.shape[-1] == self.shape[1]  # MKL would read on
+        if MKL:  # of the plain weight it needs the shape alone when told the number of tokens
+            return MKL(x, self.data, self.shaped, bias, x.shape[:-1].numel())
+        return ONEDNN(x, self.data, bias, "none", [], "")
 
 
 def packed(weight):
-    """A frozen weight in the order in which oneDNN multiplies it, which it otherwise finds anew for every product: a few tokens
-    take half the time. Only `product` can read the result. Where oneDNN does not compute, the weight as it is."""
-    if not by_onednn(weight):
-        return weight.detach()
-    return torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), 32)  # tokens expected; 8 and 1,024 give the same on an AVX-512 EPYC
+    """Packed(weight), or the weight as it is where nothing multiplies packed ones."""
+    return Packed(weight) if (MKL or ONEDNN) and not weight.is_cuda and weight.dtype == torch.float32 else weight
+
+
+def product(x, weight, bias=None, update=None):
+    """x (..., D_in) times weight, plain or Packed, plus bias (D_out,), plus update (..., D_out): (..., D_out). Without derivatives where the weight is Packed."""
+    y = weight.product(x, bias) if isinstance(weight, Packed) else F.linear(x, weight, bias)
+    return y if update is None else y.add_(update)
 
 
 class FrozenLinear(torch.autograd.Function):
-    """`product` with derivatives by x and update."""
+    """`product` by a Packed weight, with derivatives by x and update."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, update, transposed):
@@ -54,11 +69,10 @@ class FrozenLinear(torch.autograd.Function):
 
 
 def linear(x, weight, bias=None, update=None, transposed=None):
-    """F.linear(x, weight, bias) + update, faster where the weight is frozen; shapes as in product. transposed: the weight's
-    packed transpose (D_in, D_out), for the backward pass; without it a packed weight is unpacked every time."""
-    if weight.requires_grad or not by_onednn(x) or not torch.is_grad_enabled():
-        return product(x, weight, bias, update)
-    return FrozenLinear.apply(x, weight, bias, update, weight.t() if transposed is None else transposed)
+    """F.linear(x, weight, bias) + update; shapes as in product. transposed: of a Packed weight the Packed transpose (D_in, D_out), for the backward pass."""
+    if isinstance(weight, Packed) and torch.is_grad_enabled():
+        return FrozenLinear.apply(x, weight, bias, update, transposed)
+    return product(x, weight, bias, update)
 
 
 def kept(x, p):
@@ -309,7 +323,7 @@ class HeadLoss(torch.autograd.Function):
     def forward(ctx, hidden, weight, labels, alpha, transposed):
         wanted, grad = ctx.needs_input_grad[0], torch.empty_like(hidden)  # (N, P, D)
         nll, kl = torch.zeros(2, device=hidden.device).unbind()
-        P, V = hidden.shape[1], len(weight)
+        P, V = hidden.shape[1], weight.shape[0]
         at_once = max(1, LOGITS[hidden.device.type] // (P * V))
         block = at_once if hidden.is_cuda else max(1, BLOCK // (P * V))
         for some, grad_part, targets in zip(*(x.split(at_once) for x in (hidden, grad, labels))):
@@ -334,7 +348,7 @@ class HeadLoss(torch.autograd.Function):
                 for i, part in enumerate(parts):
                     z[:, i] = part.scatter_add_(-1, y, part.new_full((), -1).expand(y.shape))  # in fp32, then rounded to the logits' precision
             if wanted:
-                torch.div(product(logits, transposed), P, out=grad_part)  # (n, P, V) x (V, D) -> (n, P, D)
+                torch.div(product(logits, weight.t() if transposed is None else transposed), P, out=grad_part)  # (n, P, V) x (V, D) -> (n, P, D)
         ctx.save_for_backward(grad)
         ctx.mark_non_differentiable(nll, kl)
         return nll + alpha * kl, nll, kl  # eq. 9
@@ -352,4 +366,4 @@ def head_loss(hidden, weight, labels, alpha, transposed=None):
     weight (V, D): the head's, transposed as in linear. nll and kl are M times eq. 8 and eq. 7, loss is nll + alpha kl;
     dividing by M is the caller's, since M counts the whole effective batch.
     """
-    return HeadLoss.apply(hidden, weight, labels, alpha, weight.t() if transposed is None else transposed)
+    return HeadLoss.apply(hidden, weight, labels, alpha, transposed)

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from files import UserError, read_json, write_atomic
-from kernels import Rotate, SwiGLU, attention, cached_attention, linear, packed, rms_norm
+from kernels import Packed, Rotate, SwiGLU, attention, cached_attention, linear, packed, rms_norm
 
 ROPE_KEYS = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}  # Llama-3.1's
 
@@ -288,11 +288,11 @@ class CausalLM(nn.Module):
                 layer.self_attn.join()
         for module in self.modules():
             if isinstance(module, Linear):
-                module.transposed = packed(module.weight.t()) if training else None
-                module.weight = nn.Parameter(packed(module.weight), requires_grad=False)
-        if any(p.is_mkldnn for p in self.parameters()):  # the others are views of the checkpoint's file, and would keep all of it in memory
-            for p in filter(lambda p: not p.is_mkldnn, self.parameters()):
-                p.data = p.data.clone()
+                weight, module.transposed = packed(module.weight), packed(module.weight.t()) if training else None
+                del module.weight  # the name of a parameter takes nothing else
+                module.weight = weight
+        for p in self.parameters() if isinstance(self.lm_head.weight, Packed) else ():  # those left are views of the checkpoint's file, and would keep all of it in memory
+            p.data = p.data.clone()
 
     def fingerprint(self):
         """16 hex digits that tell backbones apart: configuration and samples of two weights, the same in fp32 and

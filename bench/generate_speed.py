@@ -78,7 +78,7 @@ def main():
     by_length = sorted(range(len(rows)), key=lambda i: -len(prompts[i]))
     orders = {name: {"usual": list(range(len(rows))), "sorted": by_length}[name] for name in args.peers.split(",") if name}
     if lm:
-        layer_weights = sum(p.numel() for name, p in lm.named_parameters() if name.startswith("model.layers"))
+        layer_weights = sum(p.numel() for p in lm.model.layers.parameters())
         lm.pack()
 
     def ours(one_way=False, dtype=dtype, which=range(len(rows))):

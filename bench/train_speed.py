@@ -86,6 +86,7 @@ def main():
     empty = resident_bytes(device)
     lm, adapter, peer = load_both(args.size, folder, args.shared, device, args.side)
     if lm:
+        layer_weights = sum(p.numel() for p in lm.model.layers.parameters())
         lm.pack(training=True)
     cfg = backbone.Config.load(folder)
     tokenizer = tokenizer_of(args.size, folder, cfg)
@@ -139,7 +140,6 @@ def main():
         agree = {"fp32": agree, "bf16": disagreement(one_way, dtype)}
 
     tokens, targets = sum(len(e.ids) - 1 for e in examples), sum(target_count(e) for e in examples)
-    layer_weights = sum(p.numel() for name, p in lm.named_parameters() if name.startswith("model.layers"))
     flops = 2 * 4 * (tokens * layer_weights + targets * cfg.vocab_size * cfg.hidden_size)  # two passes, 4 a weight and token, needed or not
     if device.type == "cpu":
         lm = adapter = peer = None  # the sides have their own

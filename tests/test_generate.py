@@ -34,7 +34,7 @@ def naive(engine, row, max_new_tokens):
 def eager_to_stop(engine):
     """Random weights hardly ever say stop; lengthening that token's row makes some sentences end early."""
     engine.model.model.embed_tokens.weight[engine.tokenizer.stop_ids[0]] *= 3.0
-    engine.model.lm_head.weight = torch.nn.Parameter(packed(engine.model.model.embed_tokens.weight), requires_grad=False)
+    engine.model.lm_head.weight = packed(engine.model.model.embed_tokens.weight)
     return engine
 
 

@@ -261,14 +261,30 @@ def test_linear_is_torchs_with_the_update_added(tokens, dtype, close):
             leaf.requires_grad_(False)
 
 
-@pytest.mark.parametrize("tokens", [1, 7, 300, 2000])
-def test_packed_weight_multiplies_like_the_plain_one(tokens):
+@pytest.mark.skipif(not kernels.ONEDNN or not torch.backends.mkl.is_available(), reason="torch was built without oneDNN or MKL, or not for x86")
+@pytest.mark.parametrize("library", ["MKL", "oneDNN"])
+@pytest.mark.parametrize("D_out, D_in", [(40, 24), (3, 900), (1300, 130)])
+def test_packed_weight_multiplies_like_the_plain_one(library, D_out, D_in, monkeypatch):
+    """By either library, whichever this machine's processor would have: value and gradients, for any number of tokens."""
+    monkeypatch.setattr(kernels, "MKL", torch.ops.mkl._mkl_linear if library == "MKL" else None)
     torch.manual_seed(0)
-    x, weight, bias, update = torch.randn(2, tokens, 24), torch.randn(40, 24), torch.randn(40), torch.randn(2, tokens, 40)
-    assert kernels.packed(weight).is_mkldnn == (kernels.ONEDNN is not None)
-    assert torch.allclose(kernels.product(x, kernels.packed(weight), bias, update.clone()), F.linear(x, weight, bias) + update, atol=1e-5)
+    weight, bias = torch.randn(D_out, D_in), torch.randn(D_out)
+    by, back = kernels.packed(weight), kernels.packed(weight.t())
+    assert isinstance(by, kernels.Packed) and by.shape == weight.shape and back.shape == (D_in, D_out)
+    for tokens, with_bias, with_update in itertools.product((1, 2, 7, 64, 300, 1001), (False, True), (False, True)):
+        x, update, grad = torch.randn(2, tokens, D_in, requires_grad=True), torch.randn(2, tokens, D_out), torch.randn(2, tokens, D_out)
+        added = update.requires_grad_() if with_update else torch.zeros(())
+        plain = F.linear(x, weight, bias if with_bias else None) + added
+        y = linear(x, by, bias if with_bias else None, update * 1 if with_update else None, back)
+        leaves = [x, update] if with_update else [x]
+        for mine, theirs in zip((y, *torch.autograd.grad(y, leaves, grad)), (plain, *torch.autograd.grad(plain, leaves, grad)), strict=True):
+            assert mine.shape == theirs.shape and torch.allclose(mine, theirs, rtol=1e-4, atol=1e-4 * theirs.abs().max().item())
+        with torch.no_grad():
+            assert torch.allclose(linear(x.transpose(0, 1), by), F.linear(x, weight).transpose(0, 1), rtol=1e-4, atol=1e-4 * plain.abs().max().item())  # not contiguous
+    with pytest.raises(AssertionError):
+        kernels.product(torch.randn(3, D_in + 1), by)
     for other in (torch.float64, torch.bfloat16):
-        assert kernels.packed(weight.to(other)).layout == torch.strided  # there oneDNN isn't asked
+        assert kernels.packed(weight.to(other)).layout == torch.strided  # neither is asked there
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -285,9 +301,10 @@ def test_packed_backbone_is_the_same_and_keeps_no_plain_projection(tmp_path, sen
             embeddings = lm.model.embed_tokens.weight.data_ptr()
             lm.pack(training)
             assert len(linears()) == (7 if training else 5) * lm.cfg.num_hidden_layers + 1  # for decoding q, k and v are one
-            if kernels.ONEDNN is not None:
-                assert all(weight is None and not training or weight.is_mkldnn for weight in lm.head_weights())
-                assert all(module.weight.is_mkldnn and (module.transposed is not None and module.transposed.is_mkldnn) == training for module in linears())
+            if kernels.MKL or kernels.ONEDNN:
+                is_packed = lambda weight: isinstance(weight, kernels.Packed)
+                assert all(weight is None and not training or is_packed(weight) for weight in lm.head_weights())
+                assert all(is_packed(module.weight) and is_packed(module.transposed) == training for module in linears())
                 assert all(weight.expired() for weight in plain) and lm.model.embed_tokens.weight.data_ptr() != embeddings  # let go of the file
         with torch.set_grad_enabled(training):
             torch.manual_seed(0)
