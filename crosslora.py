@@ -72,7 +72,7 @@ class PerRow:
         flat = x.flatten(0, -2)  # (..., D_in) -> (N, D_in)
         sizes = ([count * len(flat) // sum(counts) for count in counts] for counts in (a_counts, b_counts))
         mask = kept(flat, self.dropout) if self.dropout > 0 else None
-        y = Adapted.apply(flat, projection.weight, projection.bias, projection.transposed, mask, self.scale / (1 - self.dropout), *sizes, *experts)
+        y = Adapted.apply(flat, projection.weight, projection.bias, mask, self.scale / (1 - self.dropout), *sizes, *experts)
         return y.view(*x.shape[:-1], -1)  # (N, D_out) -> (..., D_out)
 
 
@@ -118,7 +118,7 @@ class EveryExpert:
         flat = x.flatten(0, -2)  # (..., D_in) -> (N, D_in)
         h = F.linear(F.dropout(flat, self.dropout, training=self.dropout > 0), self.A)  # (N, D_in) x (D_in, n*R + R) -> (N, n*R + R)
         h = h.gather(1, self.own)  # (N, n*R + R) -> (N, m*R)
-        y = F.linear(flat, projection.weight, projection.bias).addmm_(h, self.B.t(), alpha=self.scale)  # eqs. 1, 4: (N, m*R) x (m*R, D_out)
+        y = projection(flat).addmm_(h, self.B.t(), alpha=self.scale)  # eqs. 1, 4: (N, m*R) x (m*R, D_out)
         return y.view(*x.shape[:-1], -1)  # (N, D_out) -> (..., D_out)
 
 

@@ -14,38 +14,43 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.varlen import varlen_attn
 
-# What multiplies by a frozen weight that lies packed, each a part of torch: on Intel's processors MKL; on others, where MKL keeps to AVX2, oneDNN, which
-# took a half to nine tenths of its time on AMD EPYCs (bench/NOTES.md). None: there plain weights are as good as it gets.
-PROCESSOR = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else platform.processor()
-MKL = getattr(torch.ops.mkl, "_mkl_linear", None) if torch.backends.mkl.is_available() and "GenuineIntel" in PROCESSOR else None
+# What multiplies by a Packed weight, each a part of torch: on Intel's processors MKL; on others, where MKL keeps to AVX2, oneDNN, which took a half to nine
+# tenths of its time on AMD EPYCs (bench/NOTES.md). Both None: weights stay plain.
+INTEL = "GenuineIntel" in (Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else platform.processor())
+MKL = getattr(torch.ops.mkl, "_mkl_linear", None) if INTEL and torch.backends.mkl.is_available() else None
 ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AMD64") else None
 LOGITS = {"cpu": 2**23, "cuda": 2**27}  # elements held at one time; blocks over 32 MiB glibc returns at once, and fresh pages cost time
 BLOCK = 2**20  # of those, elements that a CPU works on together: 4 MiB stay in its caches from one operation to the next
 
 
 class Packed:
-    """A frozen weight (D_out, D_in), fp32 on a CPU, in the order in which MKL or oneDNN multiplies it, which it otherwise finds anew for every product: a few
-    tokens take half the time. Only `product` can read it."""
+    """A frozen weight (D_out, D_in), fp32 on a CPU, in the order in which MKL or oneDNN multiplies it, an order that they otherwise make anew for every
+    product: a few tokens take half the time. Only `product` can read it. Not to be copied: MKL's depends on its address."""
 
-    requires_grad = False
-
-    def __init__(self, weight):
-        self.shape, weight = weight.shape, weight.detach().contiguous()
-        if MKL:  # told of fewer tokens it is slower, with more it leaves a thread idle where D_out is less than twice as many
-            self.data, self.shaped = torch.ops.mkl._mkl_reorder_linear_weight(weight, 256), torch.empty(1, 1).expand(weight.shape)
+    def __init__(self, weight, transposed=None):
+        """transposed: the Packed transpose, for derivatives by what is multiplied, or None."""
+        self.shape, self.transposed, weight = weight.shape, transposed, weight.detach().contiguous()
+        if MKL:
+            # Packed for fewer tokens its products are slower, for more one of two threads idles where tokens > D_out / 2. The op takes the plain weight too, for its
+            # shape, and multiplies by that if tokens aren't those it was packed for: so it is told they are (Intel's own extension of torch packs once for any number).
+            self.packed, self.plain = torch.ops.mkl._mkl_reorder_linear_weight(weight, 256), torch.full((1, 1), torch.nan).expand(weight.shape)
         else:
-            self.data = torch.ops.mkldnn._reorder_linear_weight(weight, 32)  # tokens expected; 8 and 1,024 give the same on an AVX-512 EPYC
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, 32)  # tokens expected; 8 and 1,024 give the same on an AVX-512 EPYC
+
+    def t(self):
+        assert self.transposed is not None, "packed without its transpose, for decoding: no derivatives"
+        return self.transposed
 
     def product(self, x, bias):
         assert x.shape[-1] == self.shape[1]  # MKL would read on
-        if MKL:  # of the plain weight it needs the shape alone when told the number of tokens
-            return MKL(x, self.data, self.shaped, bias, x.shape[:-1].numel())
-        return ONEDNN(x, self.data, bias, "none", [], "")
+        return MKL(x, self.packed, self.plain, bias, x.shape[:-1].numel()) if MKL else ONEDNN(x, self.packed, bias, "none", [], "")
 
 
-def packed(weight):
-    """Packed(weight), or the weight as it is where nothing multiplies packed ones."""
-    return Packed(weight) if (MKL or ONEDNN) and not weight.is_cuda and weight.dtype == torch.float32 else weight
+def packed(weight, training=False):
+    """Packed(weight), for training with its transpose in that much memory again, or the weight as it is where nothing multiplies packed ones."""
+    if not (MKL or ONEDNN) or not weight.is_cpu or weight.dtype != torch.float32:
+        return weight
+    return Packed(weight, Packed(weight.t()) if training else None)
 
 
 def product(x, weight, bias=None, update=None):
@@ -58,21 +63,19 @@ class FrozenLinear(torch.autograd.Function):
     """`product` by a Packed weight, with derivatives by x and update."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, update, transposed):
-        ctx.transposed = transposed
+    def forward(ctx, x, weight, bias, update):
+        ctx.weight = weight
         return product(x, weight, bias, update)
 
     @staticmethod
     def backward(ctx, grad):
-        x_grad = product(grad, ctx.transposed) if ctx.needs_input_grad[0] else None  # none below the first adapter
-        return x_grad, None, None, grad if ctx.needs_input_grad[3] else None, None
+        x_grad = product(grad, ctx.weight.t()) if ctx.needs_input_grad[0] else None  # none below the first adapter
+        return x_grad, None, None, grad if ctx.needs_input_grad[3] else None
 
 
-def linear(x, weight, bias=None, update=None, transposed=None):
-    """F.linear(x, weight, bias) + update; shapes as in product. transposed: of a Packed weight the Packed transpose (D_in, D_out), for the backward pass."""
-    if isinstance(weight, Packed) and torch.is_grad_enabled():
-        return FrozenLinear.apply(x, weight, bias, update, transposed)
-    return product(x, weight, bias, update)
+def linear(x, weight, bias=None, update=None):
+    """F.linear(x, weight, bias) + update; shapes as in product."""
+    return (FrozenLinear.apply if isinstance(weight, Packed) and torch.is_grad_enabled() else product)(x, weight, bias, update)
 
 
 def kept(x, p):
@@ -90,8 +93,8 @@ class Adapted(torch.autograd.Function):
     there for the next."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, transposed, mask, scale, a_sizes, b_sizes, *experts):
-        """x (N, D_in); weight (D_out, D_in) and transposed as in linear; mask (N, D_in) int8 or None; a_sizes, b_sizes: numbers of
+    def forward(ctx, x, weight, bias, mask, scale, a_sizes, b_sizes, *experts):
+        """x (N, D_in); weight (D_out, D_in), plain or Packed; mask (N, D_in) int8 or None; a_sizes, b_sizes: numbers of
         tokens, N in all, that share an A (R, D_in) or a B (D_out, R); experts: these A's, then these B's."""
         A, B = experts[: len(a_sizes)], experts[len(a_sizes) :]
         y, h = product(x, weight, bias), x.new_empty(len(x), A[0].shape[0])  # eq. 1, W_0 x: (N, D_in) x (D_in, D_out) -> (N, D_out); (N, R)
@@ -102,12 +105,12 @@ class Adapted(torch.autograd.Function):
         for y_run, h_run, B_run in zip(y.split(b_sizes), h.split(b_sizes), B):
             y_run.addmm_(h_run, B_run.t())  # eq. 4: (n, R) x (R, D_out)
         ctx.save_for_backward(x, mask, h, *experts)
-        ctx.others = weight, transposed, scale, a_sizes, b_sizes
+        ctx.others = weight, scale, a_sizes, b_sizes
         return y
 
     @staticmethod
     def backward(ctx, grad):
-        (x, mask, h, *experts), (weight, transposed, scale, a_sizes, b_sizes) = ctx.saved_tensors, ctx.others
+        (x, mask, h, *experts), (weight, scale, a_sizes, b_sizes) = ctx.saved_tensors, ctx.others
         A, B, by_A, by_B, by_h = experts[: len(a_sizes)], experts[len(a_sizes) :], [], [], torch.empty_like(h)
         for grad_run, h_run, B_run, by_h_run in zip(grad.split(b_sizes), h.split(b_sizes), B, by_h.split(b_sizes)):
             torch.mm(grad_run, B_run, out=by_h_run)  # (n, D_out) x (D_out, R)
@@ -115,7 +118,7 @@ class Adapted(torch.autograd.Function):
         by_h *= scale
         by_x = None
         if ctx.needs_input_grad[0]:  # not below the first adapter
-            by_x = product(grad, weight.t() if transposed is None else transposed)  # (N, D_out) x (D_out, D_in) -> (N, D_in)
+            by_x = product(grad, weight.t())  # (N, D_out) x (D_out, D_in) -> (N, D_in)
         for x_run, m, A_run, by_h_run, by_x_run in zip(x.split(a_sizes), split_or_none(mask, a_sizes), A, by_h.split(a_sizes), split_or_none(by_x, a_sizes)):
             m = None if m is None else m.to(x.dtype)
             if by_x is not None:
@@ -125,7 +128,7 @@ class Adapted(torch.autograd.Function):
                 else:
                     by_x_run.addcmul_(below, m)
             by_A.append(by_h_run.t() @ (x_run if m is None else m.mul_(x_run)))  # (R, n) x (n, D_in)
-        return by_x, *[None] * 7, *by_A, *by_B
+        return by_x, *[None] * 6, *by_A, *by_B
 
 
 def split_or_none(x, sizes):
@@ -320,7 +323,7 @@ class HeadLoss(torch.autograd.Function):
     at a time, in the same memory, and what is kept for the backward pass is the gradient of the hidden states alone."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, alpha, transposed):
+    def forward(ctx, hidden, weight, labels, alpha):
         wanted, grad = ctx.needs_input_grad[0], torch.empty_like(hidden)  # (N, P, D)
         nll, kl = torch.zeros(2, device=hidden.device).unbind()
         P, V = hidden.shape[1], weight.shape[0]
@@ -348,7 +351,7 @@ class HeadLoss(torch.autograd.Function):
                 for i, part in enumerate(parts):
                     z[:, i] = part.scatter_add_(-1, y, part.new_full((), -1).expand(y.shape))  # in fp32, then rounded to the logits' precision
             if wanted:
-                torch.div(product(logits, weight.t() if transposed is None else transposed), P, out=grad_part)  # (n, P, V) x (V, D) -> (n, P, D)
+                torch.div(product(logits, weight.t()), P, out=grad_part)  # (n, P, V) x (V, D) -> (n, P, D)
         ctx.save_for_backward(grad)
         ctx.mark_non_differentiable(nll, kl)
         return nll + alpha * kl, nll, kl  # eq. 9
@@ -356,14 +359,14 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, by_loss, _, __):
         (grad,) = ctx.saved_tensors
-        return grad * by_loss, None, None, None, None
+        return grad * by_loss, None, None, None
 
 
-def head_loss(hidden, weight, labels, alpha, transposed=None):
+def head_loss(hidden, weight, labels, alpha):
     """(loss, nll, kl), sums over target tokens in fp32 (section 3.4), of which loss has a derivative by `hidden`.
 
     hidden (N, P, D): the states that P = 2 passes (eqs. 7-9), or 1 (eq. 6, kl 0), have before each target; labels (N,);
-    weight (V, D): the head's, transposed as in linear. nll and kl are M times eq. 8 and eq. 7, loss is nll + alpha kl;
+    weight (V, D): the head's, plain or Packed. nll and kl are M times eq. 8 and eq. 7, loss is nll + alpha kl;
     dividing by M is the caller's, since M counts the whole effective batch.
     """
-    return HeadLoss.apply(hidden, weight, labels, alpha, transposed)
+    return HeadLoss.apply(hidden, weight, labels, alpha)

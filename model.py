@@ -113,10 +113,8 @@ def pick(x, wanted):
 
 
 class Linear(nn.Linear):
-    transposed = None  # the weight's packed transpose, see CausalLM.pack
-
     def forward(self, x, update=None):
-        return linear(x, self.weight, self.bias, update, self.transposed)
+        return linear(x, self.weight, self.bias, update)
 
 
 class RMSNorm(nn.Module):
@@ -269,12 +267,11 @@ class CausalLM(nn.Module):
 
     def head(self, hidden):
         """Logits (..., V) of hidden states (..., D)."""
-        weight, transposed = self.head_weights()
-        return linear(hidden, weight, transposed=transposed)
+        return linear(hidden, self.head_weight())
 
-    def head_weights(self):
-        """The head's (V, D) and, if packed for training, its transpose, else None."""
-        return (self.lm_head.weight, self.lm_head.transposed) if hasattr(self, "lm_head") else (self.model.embed_tokens.weight, None)
+    def head_weight(self):
+        """(V, D), as it lies or Packed."""
+        return self.lm_head.weight if hasattr(self, "lm_head") else self.model.embed_tokens.weight
 
     def pack(self, training=False):
         """Lay out all projections as this machine multiplies them fastest (kernels.packed), for decoding with q, k and v in one, once; for training their
@@ -288,11 +285,12 @@ class CausalLM(nn.Module):
                 layer.self_attn.join()
         for module in self.modules():
             if isinstance(module, Linear):
-                weight, module.transposed = packed(module.weight), packed(module.weight.t()) if training else None
+                weight = packed(module.weight, training)
                 del module.weight  # the name of a parameter takes nothing else
                 module.weight = weight
-        for p in self.parameters() if isinstance(self.lm_head.weight, Packed) else ():  # those left are views of the checkpoint's file, and would keep all of it in memory
-            p.data = p.data.clone()
+        if isinstance(self.lm_head.weight, Packed):  # the parameters left are views of the checkpoint's file, and would keep all of it in memory
+            for p in self.parameters():
+                p.data = p.data.clone()
 
     def fingerprint(self):
         """16 hex digits that tell backbones apart: configuration and samples of two weights, the same in fp32 and
@@ -347,6 +345,7 @@ def load(folder, device="cpu", dtype=torch.float32):
 
 def save(model, config, folder):
     """Write a checkpoint as published ones are: `config` (dict) as config.json, weights as model.safetensors."""
+    assert not isinstance(model.head_weight(), Packed)  # it would lack all projections
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / "model.safetensors.tmp"

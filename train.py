@@ -35,8 +35,7 @@ def forward_sums(model, adapter, examples, dtype, rdrop_alpha, dropout):
     lora = adapter([e.src_lang for e in examples], [e.tgt_lang for e in examples], dtype, dropout,
                    counts=[passes * (len(e.ids) - 1) for e in examples], last=[passes * target_count(e) for e in examples])
     hidden = model(tokens.to(device), lora, rows=Rows.of(lengths, device), wanted=at.view(1, -1).to(device))  # at (N, P) -> (1, N*P); (1, N*P, D): only these need the last layer and the head
-    weight, transposed = model.head_weights()
-    return head_loss(hidden.view(*at.shape, -1), weight, labels.to(device), rdrop_alpha, transposed)  # (1, N*P, D) -> (N, P, D)
+    return head_loss(hidden.view(*at.shape, -1), model.head_weight(), labels.to(device), rdrop_alpha)  # (1, N*P, D) -> (N, P, D)
 
 
 def direction(example):

@@ -210,12 +210,12 @@ def test_adapted_projection_is_a_loop_over_tokens(dtype, close, packs, drops):
     x, weight, bias, mask = torch.randn(14, 24, dtype=dtype), torch.randn(40, 24, dtype=dtype), torch.randn(40, dtype=dtype), torch.randint(0, 2, (14, 24), dtype=torch.int8)
     A, B = [torch.randn(3, 24, dtype=dtype) for _ in range(2)], [torch.randn(40, 3, dtype=dtype) for _ in range(2)]
     A, leaves = [A[0], A[1], A[0]], [x, *A, *B]  # one of the A's twice
-    weights, grad = (kernels.packed(weight), kernels.packed(weight.t())) if packs else (weight, None), torch.randn(40, 14, dtype=dtype).t()
+    frozen, grad = kernels.packed(weight, training=True) if packs else weight, torch.randn(40, 14, dtype=dtype).t()
     bias = None if drops else bias
     for learns in (leaves, leaves[1:]):
         for leaf in leaves:
             leaf.requires_grad_(any(leaf is other for other in learns))
-        y = kernels.Adapted.apply(x, weights[0], bias, weights[1], mask if drops else None, scale, a_sizes, b_sizes, *A, *B)
+        y = kernels.Adapted.apply(x, frozen, bias, mask if drops else None, scale, a_sizes, b_sizes, *A, *B)
         plain = torch.stack([weight @ x[t] + (0 if drops else bias) + scale * (B[t >= 2] @ (A[0 if t < 4 else 1 if t < 5 else 2] @ (x[t] * mask[t] if drops else x[t]))) for t in range(14)])
         assert torch.allclose(y, plain, atol=10 * close, rtol=10 * close)
         for mine, theirs in zip(*(torch.autograd.grad(out, learns, grad) for out in (y, plain))):
@@ -263,28 +263,38 @@ def test_linear_is_torchs_with_the_update_added(tokens, dtype, close):
 
 @pytest.mark.skipif(not kernels.ONEDNN or not torch.backends.mkl.is_available(), reason="torch was built without oneDNN or MKL, or not for x86")
 @pytest.mark.parametrize("library", ["MKL", "oneDNN"])
+@pytest.mark.parametrize("threads", [(1, 1), (1, 2), (2, 1)])
 @pytest.mark.parametrize("D_out, D_in", [(40, 24), (3, 900), (1300, 130)])
-def test_packed_weight_multiplies_like_the_plain_one(library, D_out, D_in, monkeypatch):
-    """By either library, whichever this machine's processor would have: value and gradients, for any number of tokens."""
+def test_packed_weight_multiplies_like_the_plain_one(library, threads, D_out, D_in, monkeypatch):
+    """By either library, whichever this machine's processor would have: value and gradients, for any number of tokens, by as many threads as packed it or not."""
     monkeypatch.setattr(kernels, "MKL", torch.ops.mkl._mkl_linear if library == "MKL" else None)
     torch.manual_seed(0)
-    weight, bias = torch.randn(D_out, D_in), torch.randn(D_out)
-    by, back = kernels.packed(weight), kernels.packed(weight.t())
-    assert isinstance(by, kernels.Packed) and by.shape == weight.shape and back.shape == (D_in, D_out)
-    for tokens, with_bias, with_update in itertools.product((1, 2, 7, 64, 300, 1001), (False, True), (False, True)):
-        x, update, grad = torch.randn(2, tokens, D_in, requires_grad=True), torch.randn(2, tokens, D_out), torch.randn(2, tokens, D_out)
-        added = update.requires_grad_() if with_update else torch.zeros(())
-        plain = F.linear(x, weight, bias if with_bias else None) + added
-        y = linear(x, by, bias if with_bias else None, update * 1 if with_update else None, back)
-        leaves = [x, update] if with_update else [x]
-        for mine, theirs in zip((y, *torch.autograd.grad(y, leaves, grad)), (plain, *torch.autograd.grad(plain, leaves, grad)), strict=True):
-            assert mine.shape == theirs.shape and torch.allclose(mine, theirs, rtol=1e-4, atol=1e-4 * theirs.abs().max().item())
-        with torch.no_grad():
-            assert torch.allclose(linear(x.transpose(0, 1), by), F.linear(x, weight).transpose(0, 1), rtol=1e-4, atol=1e-4 * plain.abs().max().item())  # not contiguous
+    weight, bias, before = torch.randn(D_out, D_in), torch.randn(D_out), torch.get_num_threads()
+    near = lambda a, b: a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-4 * b.detach().abs().max().item())
+    try:
+        torch.set_num_threads(threads[0])
+        by = kernels.packed(weight, training=True)
+        assert isinstance(by, kernels.Packed) and by.shape == weight.shape and by.t().shape == (D_in, D_out)
+        torch.set_num_threads(threads[1])
+        for tokens, with_bias, learns in itertools.product((1, 2, 7, 64, 300, 1001), (False, True), (("x",), ("update",), ("x", "update"))):
+            x, update, grad = torch.randn(2, tokens, D_in), torch.randn(2, tokens, D_out), torch.randn(2, tokens, D_out)
+            leaves, b = [dict(x=x, update=update)[name].requires_grad_() for name in learns], bias if with_bias else None
+            y = linear(x, by, b, update * 1 if "update" in learns else None)
+            plain = F.linear(x, weight, b) + (update if "update" in learns else 0)
+            for mine, theirs in zip((y, *torch.autograd.grad(y, leaves, grad)), (plain, *torch.autograd.grad(plain, leaves, grad)), strict=True):
+                assert near(mine, theirs)
+            with torch.no_grad():
+                assert near(linear(x.transpose(0, 1), by), F.linear(x.transpose(0, 1), weight))  # not contiguous
+    finally:
+        torch.set_num_threads(before)
+    assert kernels.product(torch.randn(2, 0, D_in), by).shape == (2, 0, D_out)
     with pytest.raises(AssertionError):
         kernels.product(torch.randn(3, D_in + 1), by)
+    with pytest.raises(AssertionError, match="for decoding"):
+        linear(torch.randn(3, D_in, requires_grad=True), kernels.packed(weight)).sum().backward()
     for other in (torch.float64, torch.bfloat16):
-        assert kernels.packed(weight.to(other)).layout == torch.strided  # neither is asked there
+        plain = weight.to(other)
+        assert kernels.packed(plain) is plain  # neither library is asked there
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -303,8 +313,9 @@ def test_packed_backbone_is_the_same_and_keeps_no_plain_projection(tmp_path, sen
             assert len(linears()) == (7 if training else 5) * lm.cfg.num_hidden_layers + 1  # for decoding q, k and v are one
             if kernels.MKL or kernels.ONEDNN:
                 is_packed = lambda weight: isinstance(weight, kernels.Packed)
-                assert all(weight is None and not training or is_packed(weight) for weight in lm.head_weights())
-                assert all(is_packed(module.weight) and is_packed(module.transposed) == training for module in linears())
+                assert is_packed(lm.head_weight()) and all(is_packed(module.weight) and is_packed(module.weight.transposed) == training for module in linears())
+                with pytest.raises(AssertionError):
+                    backbone.save(lm, {}, tmp_path / "saved")
                 assert all(weight.expired() for weight in plain) and lm.model.embed_tokens.weight.data_ptr() != embeddings  # let go of the file
         with torch.set_grad_enabled(training):
             torch.manual_seed(0)
