@@ -75,7 +75,9 @@ class FrozenLinear(torch.autograd.Function):
 
 def linear(x, weight, bias=None, update=None):
     """F.linear(x, weight, bias) + update; shapes as in product."""
-    return (FrozenLinear.apply if isinstance(weight, Packed) and torch.is_grad_enabled() else product)(x, weight, bias, update)
+    if isinstance(weight, Packed) and torch.is_grad_enabled():
+        return FrozenLinear.apply(x, weight, bias, update)
+    return product(x, weight, bias, update)
 
 
 def kept(x, p):
