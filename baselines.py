@@ -116,7 +116,7 @@ class Baseline:
         return results
 
     def translate_each(self, rows, max_new_tokens, batch_size):
-        """(index, translation, "stop" | "length") of `rows`, in batches as they come; see generate.translate_each. A
+        """(index, translation, "stop" | "length") of `rows`, in batches as they come; see generate.Engine.translate_each. A
         sentence counts as many times as it has beams."""
         size = max(1, batch_size // self.system.beams)
         for start in range(0, len(rows), size):

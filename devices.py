@@ -1,4 +1,4 @@
-"""Where a script computes, how precisely, and with whom: device, dtype, process group, and the claim on a run folder."""
+"""Where a script computes, how precisely, and with whom: device, dtype, process group, the claim on a run folder, and CUDA graphs."""
 
 import atexit
 import os
@@ -76,3 +76,26 @@ def sum_over_ranks(values, ranks, device):
     values = values.to(device)
     dist.all_reduce(values)
     return values.cpu()
+
+
+class Recorded:
+    """function(*tensors) -> tensor as a CUDA graph: recorded once, then its kernels start without Python, which for a few tokens
+    takes longer than they do. Shapes stay what they were, as does all memory that the function finds for itself; the result is overwritten by the next call.
+    `first` is the result for the inputs at the beginning."""
+
+    def __init__(self, before, function, *inputs):
+        """before: the last record or None; its stream is taken over, since libraries keep memory for every stream."""
+        self.aside = before.aside if before else torch.cuda.Stream()
+        self.inputs, self.graph = [x.clone() for x in inputs], torch.cuda.CUDAGraph()
+        self.aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.aside):
+            self.first = function(*self.inputs)  # what libraries do at their first call can't be recorded
+        torch.cuda.current_stream().wait_stream(self.aside)
+        with torch.cuda.graph(self.graph, stream=self.aside, capture_error_mode="thread_local"):  # NCCL's own thread may go on
+            self.output = function(*self.inputs)
+
+    def __call__(self, *inputs):
+        for mine, new in zip(self.inputs, inputs, strict=True):
+            mine.copy_(new)
+        self.graph.replay()
+        return self.output

@@ -23,9 +23,9 @@ from tqdm import tqdm
 import model as backbone
 from crosslora import load_adapter, read_description
 from data import FORMATS, LANGUAGES, Tokenizer, read_jsonl
-from devices import add_device_arguments, device_and_dtype, init_distributed
+from devices import Recorded, add_device_arguments, device_and_dtype, init_distributed
 from files import UserError, at_least, check_output, file_sha256, resolve, run_main, write_jsonl
-from kernels import Recorded, Rows
+from kernels import Rows
 
 PROMPTS = {"cpu": 2**10, "cuda": 2**14}  # tokens of prompts, copied ones too, in one pass: wide enough for the products, little memory
 SLOTS = {"cpu": 2**17, "cuda": 2**18}  # of the cache, all rows together: 16 GiB for 2**17 of Llama-3-8B in bf16
@@ -42,7 +42,25 @@ class Engine(NamedTuple):
     via_english: bool = False  # translates non-English directions in two hops, see baselines.py
 
     def translate_each(self, rows, max_new_tokens, batch_size):
-        return translate_each(self, rows, max_new_tokens, batch_size)
+        """Greedy translations of `rows` (dicts with src_lang, tgt_lang, src): (index, text, "stop" | "length") as they end.
+
+        "length" marks an output cut off at `max_new_tokens` or at the last position the model has; a sentence that alone
+        fills those gives an empty one.
+        """
+        too_long = []
+        def queue():
+            for i in decoding_order(rows):
+                langs = rows[i]["src_lang"], rows[i]["tgt_lang"]
+                prompt = self.tokenizer.prompt(*langs, rows[i]["src"])
+                room = min(max_new_tokens, self.model.cfg.max_position_embeddings - len(prompt))
+                if room > 0:
+                    yield Row(i, prompt, *langs, room)
+                else:
+                    too_long.append(i)
+
+        for row in decode(self.model, self.adapter, self.dtype, queue(), self.tokenizer.stop_ids, batch_size):
+            yield row.key, self.tokenizer.decode(row.out), row.finish
+        yield from ((i, "", "length") for i in too_long)
 
 
 def load_engine(model, adapter, prompt_format="auto", device="auto", dtype="auto"):
@@ -89,7 +107,7 @@ def decode(lm, adapter, dtype, queue, stop_ids, batch_size, record=None):
     At most `batch_size` are decoded together, fewer if the longest of the first would make the cache too large. When an eighth (a quarter
     on a GPU) has ended, waiting ones take their places. A row keeps its own positions and limit, whatever its company; keys and values of
     what its prompt has in common with the beginning of an earlier one of its direction are copied from there. record: all experts are at
-    hand, so that a step takes any rows, and kernels.Recorded plays it; default: on a GPU.
+    hand, so that a step takes any rows, and devices.Recorded plays it; default: on a GPU.
     """
     device = lm.inv_freq.device
     rows = list(itertools.islice(queue, batch_size))  # by place in the batch of B; where one has ended the place is free
@@ -113,12 +131,12 @@ def decode(lm, adapter, dtype, queue, stop_ids, batch_size, record=None):
         these = Rows.of([*map(len, new)], device, had, at_rows)
         lora = every or adapter and adapter(*languages(part), dtype, counts=these.lengths, last=[1] * len(part), stacked=stacked)
         hidden = lm(torch.tensor([[*itertools.chain(*new)]], device=device), lora, these, cache, these.starts[None, 1:] - 1)  # (1, T) -> (1, n, D)
-        token[at_rows] = lm.head(hidden[0]).argmax(-1)  # (n, V) -> (n,)
+        token[at_rows] = lm.greedy(hidden[0])  # (n, D) -> (n,)
 
     def step(token, at, *own):
         these = Rows([1] * len(token), torch.arange(len(token) + 1, dtype=torch.int32, device=device), at[None])
         hidden = lm(token[None], adapter.by_token(stacked, itertools.repeat(own[0])) if own else lora, these, cache)  # (1, B, D)
-        return lm.head(hidden[0]).argmax(-1)  # (B, V) -> (B,)
+        return lm.greedy(hidden[0])  # (B, D) -> (B,)
 
     own = lora = recorded = shape = None
     while rows:
@@ -174,28 +192,6 @@ def decode(lm, adapter, dtype, queue, stop_ids, batch_size, record=None):
 def decoding_order(rows):
     """Indices of `rows`, longest source first: rows in decoding are of similar length, and none is left over at the end."""
     return sorted(range(len(rows)), key=lambda i: -len(rows[i]["src"]))
-
-
-def translate_each(engine, rows, max_new_tokens, batch_size):
-    """Greedy translations of `rows` (dicts with src_lang, tgt_lang, src): (index, text, "stop" | "length") as they end.
-
-    "length" marks an output cut off at `max_new_tokens` or at the last position the model has; a sentence that alone
-    fills those gives an empty one.
-    """
-    too_long = []
-    def queue():
-        for i in decoding_order(rows):
-            langs = rows[i]["src_lang"], rows[i]["tgt_lang"]
-            prompt = engine.tokenizer.prompt(*langs, rows[i]["src"])
-            room = min(max_new_tokens, engine.model.cfg.max_position_embeddings - len(prompt))
-            if room > 0:
-                yield Row(i, prompt, *langs, room)
-            else:
-                too_long.append(i)
-
-    for row in decode(engine.model, engine.adapter, engine.dtype, queue(), engine.tokenizer.stop_ids, batch_size):
-        yield row.key, engine.tokenizer.decode(row.out), row.finish
-    yield from ((i, "", "length") for i in too_long)
 
 
 def read_part(path):
@@ -290,7 +286,7 @@ def main():
         done = translate_jsonl(engine, rows, args.output, args.batch_size, args.max_new_tokens, ranks, "translating")
     else:
         full = [r for r in rows if r["src"].strip()]  # an empty line stays an empty line
-        each = translate_each(engine, full, args.max_new_tokens, args.batch_size)
+        each = engine.translate_each(full, args.max_new_tokens, args.batch_size)
         results = {n: {"hyp": hyp, "finish": finish} for n, hyp, finish in tqdm(each, total=len(full), desc="translating", disable=len(full) <= args.batch_size or None)}
         found = (results[n] for n in range(len(full)))
         done = [next(found) if r["src"].strip() else {"hyp": "", "finish": "stop"} for r in rows]

@@ -5,6 +5,7 @@ attention B batch rows of T tokens, H query heads, G key/value heads, K head dim
 """
 
 import itertools
+import math
 import platform
 from pathlib import Path
 from typing import NamedTuple
@@ -16,9 +17,10 @@ from torch.nn.attention.varlen import varlen_attn
 
 # What multiplies by a Packed weight, each a part of torch: on Intel's processors MKL; on others, where MKL keeps to AVX2, oneDNN, which took a half to nine
 # tenths of its time on AMD EPYCs (bench/NOTES.md). Both None: weights stay plain.
-INTEL = "GenuineIntel" in (Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else platform.processor())
-MKL = getattr(torch.ops.mkl, "_mkl_linear", None) if INTEL and torch.backends.mkl.is_available() else None
+CPU = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else platform.processor()
+MKL = getattr(torch.ops.mkl, "_mkl_linear", None) if "GenuineIntel" in CPU and torch.backends.mkl.is_available() else None
 ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AMD64") else None
+BF16 = ONEDNN if "avx512_bf16" in CPU else None  # what multiplies bf16; without such instructions it would be no faster than fp32
 LOGITS = {"cpu": 2**23, "cuda": 2**27}  # elements held at one time; blocks over 32 MiB glibc returns at once, and fresh pages cost time
 BLOCK = 2**20  # of those, elements that a CPU works on together: 4 MiB stay in its caches from one operation to the next
 
@@ -51,6 +53,39 @@ def packed(weight, training=False):
     if not (MKL or ONEDNN) or not weight.is_cpu or weight.dtype != torch.float32:
         return weight
     return Packed(weight, Packed(weight.t()) if training else None)
+
+
+class Shortlist:
+    """The greatest of V logits, in fp32 on a CPU, without computing all so: all in bf16, which takes half the memory's time and a sixth of the arithmetic's,
+    then in fp32 those that could be it, however bf16 rounded. Memory: half of the head's weight again."""
+
+    def __init__(self, weight):
+        """weight (V, D): the head's, plain."""
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(torch.bfloat16), 32)
+        self.longest, self.groups = torch.linalg.vector_norm(weight, dim=1).max(), math.gcd(len(weight), 32)
+
+    def argmax(self, x, weight):
+        """x (n, D) -> (n,), the same as F.linear(x, weight).argmax(1), weight being that of before; 0 where x is nan."""
+        z = BF16(x.to(torch.bfloat16), self.packed, None, "none", [], "").unflatten(1, (self.groups, -1))  # (n, V) -> (n, g, V/g)
+        some = z.amax(1)  # (n, V/g), so that few of V are looked at twice
+        top = some.amax(1, keepdim=True).float()  # (n, 1)
+        # bf16 rounds by a share of 2^-8 at most, and |x_1 w_1| + |x_2 w_2| + ... <= |x| |w|: z is off by 2^-7 |x| |w| for its factors and 2^-8 |z| for itself, the top by as
+        # much. An eighth more is for the products of these shares, and for the sums in fp32.
+        least = (top - 9 / 1024 * (2 * torch.linalg.vector_norm(x, dim=1, keepdim=True) * self.longest + top.abs())).to(torch.bfloat16)
+        rows, columns = (some >= least).nonzero(as_tuple=True)
+        which, group = (z[rows, :, columns] >= least[rows]).nonzero(as_tuple=True)  # of (c, g)
+        rows, words = rows[which], group * some.shape[1] + columns[which]  # of each that could be it
+        if len(rows) > len(weight) // 8:  # hardly a model's: nearly equal logits
+            return F.linear(x, weight).argmax(1)
+        logits = torch.linalg.vecdot(x[rows], weight[words])
+        greatest = logits.new_full((len(x),), -torch.inf).scatter_reduce(0, rows, logits, "amax")  # (n,)
+        best = logits == greatest[rows]
+        return words.new_zeros(len(x)).scatter_(0, rows[best], words[best])
+
+
+def shortlist(weight):
+    """Shortlist(weight), or None where it would not pay."""
+    return Shortlist(weight) if BF16 and weight.is_cpu and weight.dtype == torch.float32 else None
 
 
 def product(x, weight, bias=None, update=None):
@@ -295,29 +330,6 @@ def cached_attention(q, k, v, rows, begins, filled):
         each.append(y.reshape(count, -1, length, q.shape[-1]))  # -> (n, H, L, K)
         done += count
     return one_after_another(each)
-
-
-class Recorded:
-    """function(*tensors) -> tensor as a CUDA graph: recorded once, then its kernels start without Python, which for a few tokens
-    takes longer than they do. Shapes stay what they were, as does all memory that the function finds for itself; the result is overwritten by the next call.
-    `first` is the result for the inputs at the beginning."""
-
-    def __init__(self, before, function, *inputs):
-        """before: the last record or None; its stream is taken over, since libraries keep memory for every stream."""
-        self.aside = before.aside if before else torch.cuda.Stream()
-        self.inputs, self.graph = [x.clone() for x in inputs], torch.cuda.CUDAGraph()
-        self.aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.aside):
-            self.first = function(*self.inputs)  # what libraries do at their first call can't be recorded
-        torch.cuda.current_stream().wait_stream(self.aside)
-        with torch.cuda.graph(self.graph, stream=self.aside, capture_error_mode="thread_local"):  # NCCL's own thread may go on
-            self.output = function(*self.inputs)
-
-    def __call__(self, *inputs):
-        for mine, new in zip(self.inputs, inputs, strict=True):
-            mine.copy_(new)
-        self.graph.replay()
-        return self.output
 
 
 class HeadLoss(torch.autograd.Function):

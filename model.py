@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from files import UserError, read_json, write_atomic
-from kernels import Packed, Rotate, SwiGLU, attention, cached_attention, linear, packed, rms_norm
+from kernels import Packed, Rotate, SwiGLU, attention, cached_attention, linear, packed, rms_norm, shortlist
 
 ROPE_KEYS = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}  # Llama-3.1's
 
@@ -242,6 +242,7 @@ class CausalLM(nn.Module):
         if not cfg.tie_word_embeddings:
             self.lm_head = Linear(cfg.hidden_size, cfg.vocab_size, bias=False)
         self.register_buffer("inv_freq", rope_inv_freq(cfg), persistent=False)
+        self.shortlist = None  # once packed for decoding, where it pays
 
     def forward(self, tokens, lora=None, rows=None, cache=None, wanted=None):
         """Hidden states of `tokens` (B, T): all, (B, T, D), or those at `wanted` (B, W), indices into T, (B, W, D).
@@ -269,6 +270,10 @@ class CausalLM(nn.Module):
         """Logits (..., V) of hidden states (..., D)."""
         return linear(hidden, self.head_weight())
 
+    def greedy(self, hidden):
+        """The word with the greatest logit (n,) for each of hidden states (n, D)."""
+        return self.shortlist.argmax(hidden, self.head_weight()) if self.shortlist else self.head(hidden).argmax(1)
+
     def head_weight(self):
         """(V, D), as it lies or Packed."""
         return self.lm_head.weight if hasattr(self, "lm_head") else self.model.embed_tokens.weight
@@ -276,19 +281,20 @@ class CausalLM(nn.Module):
     def pack(self, training=False):
         """Lay out all projections as this machine multiplies them fastest (kernels.packed), for decoding with q, k and v in one, once; for training their
         transposes too, in that much memory again. What was packed can't be saved or fingerprinted. A tied head is packed beside the embeddings, which are looked up, and
-        so takes its memory twice or, in training, three times."""
-        if self.cfg.tie_word_embeddings:
+        so takes its memory twice or, in training, three times. Where decoding's head has a Shortlist it stays as it lies."""
+        self.shortlist = None if training else shortlist(self.head_weight())
+        if self.cfg.tie_word_embeddings and not self.shortlist:
             self.lm_head = Linear(self.cfg.hidden_size, self.cfg.vocab_size, bias=False, device="meta")
             self.lm_head.weight = self.model.embed_tokens.weight
         for layer in self.model.layers:
             if not training and hasattr(layer.self_attn, "q_proj"):
                 layer.self_attn.join()
-        for module in self.modules():
-            if isinstance(module, Linear):
-                weight = packed(module.weight, training)
-                del module.weight  # the name of a parameter takes nothing else
-                module.weight = weight
-        if isinstance(self.lm_head.weight, Packed):  # the parameters left are views of the checkpoint's file, and would keep all of it in memory
+        projections = [module for module in (self.model if self.shortlist else self).modules() if isinstance(module, Linear)]
+        for projection in projections:
+            weight = packed(projection.weight, training)
+            del projection.weight  # the name of a parameter takes nothing else
+            projection.weight = weight
+        if isinstance(weight, Packed):  # the parameters left are views of the checkpoint's file, and would keep all of it in memory
             for p in self.parameters():
                 p.data = p.data.clone()
 
@@ -345,7 +351,7 @@ def load(folder, device="cpu", dtype=torch.float32):
 
 def save(model, config, folder):
     """Write a checkpoint as published ones are: `config` (dict) as config.json, weights as model.safetensors."""
-    assert not isinstance(model.head_weight(), Packed)  # it would lack all projections
+    assert not isinstance(model.model.layers[0].mlp.gate_proj.weight, Packed)  # it would lack all projections
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / "model.safetensors.tmp"

@@ -20,7 +20,7 @@ import random  # noqa: E402
 import model as backbone  # noqa: E402
 from crosslora import CrossLoRA, save_adapter  # noqa: E402
 from data import LANGUAGES, Tokenizer  # noqa: E402
-from generate import load_engine, translate_each  # noqa: E402
+from generate import load_engine  # noqa: E402
 from pretrain import config_of, random_model, train_tokenizer  # noqa: E402
 from world import meanings, sentence  # noqa: E402
 
@@ -74,7 +74,7 @@ def update_alone(update, x, d_out):
 
 
 class CalledAnew:
-    """In place of kernels.Recorded: inputs and output in the same memory every time, as there, but the function is called."""
+    """In place of devices.Recorded: inputs and output in the same memory every time, as there, but the function is called."""
 
     made = 0
 
@@ -117,8 +117,8 @@ def adapter_folder(checkpoint, tmp_path_factory):
 
 
 def translate_batch(engine, rows, max_new_tokens):
-    """[(text, "stop" | "length"), ...] of `rows`, all decoded together; see translate_each."""
-    done = {i: (text, finish) for i, text, finish in translate_each(engine, rows, max_new_tokens, max(1, len(rows)))}
+    """[(text, "stop" | "length"), ...] of `rows`, all decoded together; see Engine.translate_each."""
+    done = {i: (text, finish) for i, text, finish in engine.translate_each(rows, max_new_tokens, max(1, len(rows)))}
     return [done[i] for i in range(len(rows))]
 
 

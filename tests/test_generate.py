@@ -14,7 +14,7 @@ from conftest import ROOT, TORCHRUN, inside, make_checkpoint, read_rows, refuses
 from devices import Ranks
 from files import write_jsonl
 from generate import load_engine, translate_jsonl
-from kernels import packed
+from kernels import packed, shortlist
 
 
 def naive(engine, row, max_new_tokens):
@@ -33,8 +33,12 @@ def naive(engine, row, max_new_tokens):
 
 def eager_to_stop(engine):
     """Random weights hardly ever say stop; lengthening that token's row makes some sentences end early."""
-    engine.model.model.embed_tokens.weight[engine.tokenizer.stop_ids[0]] *= 3.0
-    engine.model.lm_head.weight = packed(engine.model.model.embed_tokens.weight)
+    weight = engine.model.model.embed_tokens.weight
+    weight[engine.tokenizer.stop_ids[0]] *= 3.0
+    if engine.model.shortlist:
+        engine.model.shortlist = shortlist(weight)
+    else:
+        engine.model.lm_head.weight = packed(weight)
     return engine
 
 

@@ -24,6 +24,8 @@ from plan import micro_batches, pass_tokens
 from test_train import close, one_process, setup
 from train import forward_sums
 
+has_bf16 = kernels.ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
 
 @pytest.mark.parametrize("limit", [2048, 60, 25, 1])
 def test_passes_are_the_evenest_of_the_fewest(limit):
@@ -297,9 +299,47 @@ def test_packed_weight_multiplies_like_the_plain_one(library, threads, D_out, D_
         assert kernels.packed(plain) is plain  # neither library is asked there
 
 
+@pytest.mark.skipif(not has_bf16, reason="oneDNN has no bf16 on this machine")
+@pytest.mark.parametrize("V, D", [(700, 32), (1001, 50), (3, 8), (20_000, 300)])
+def test_shortlist_has_the_greatest_logit(V, D, monkeypatch):
+    """Of random weights, of such as bf16 can't tell from each other, with all logits below zero, with a word far longer than the others, and where bf16 rounds as badly as it can."""
+    monkeypatch.setattr(kernels, "BF16", kernels.ONEDNN)
+    torch.manual_seed(0)
+    plain = []
+    monkeypatch.setattr(kernels.F, "linear", lambda x, weight: plain.append(len(x)) or x @ weight.t())
+    way, noise, few = torch.randn(D), torch.randn(V, D), max(2, V // 20)
+    # Where x or the first word is 1 + 2^-8 less a little bf16 makes it 1, and the second's and what it meets, a little more, 1 + 2^-7; the first logit is the greater by a hair.
+    low, high = torch.tensor([1 + 2**-8 - 2**-16, 1 + 2**-8 + 2**-16]).unbind()
+    half = torch.arange(D) < D // 2
+    adverse = torch.where(half, low, high), torch.stack([torch.where(half, low, 0), torch.where(half, 0, high), *noise[2:] / D])
+    adverse[1][0, 0] += D * 2**-14
+    kinds = {"random": (way, noise), "alike": (way, way + 1e-3 * noise), "few alike": (way, torch.cat([way + 1e-4 * noise[:few], noise[few:]])), "below": (way.abs(), -way.abs() + 0.3 * noise),
+             "one long": (way, torch.cat([30 * noise[:1], noise[1:]])), "adverse": adverse, "zero": (way, torch.zeros(V, D))}
+    for kind, (first, weight) in kinds.items():
+        short = kernels.shortlist(weight)
+        for n, scale in itertools.product((1, 2, 33), (2**-10, 1, 2**10)):
+            x = torch.cat([first[None], torch.randn(n - 1, D)]) * scale
+            plain.clear()
+            words, logits = short.argmax(x, weight), x.double() @ weight.double().t()  # (n,), (n, V)
+            unsure = 1e-6 * scale * weight.norm(dim=1).max() * D**0.5  # what fp32 itself can't tell
+            assert (logits.gather(1, words[:, None])[:, 0] >= logits.amax(1) - unsure).all(), (kind, n, scale)
+            assert kind != "adverse" or words[0] == logits[0].argmax() == 0
+            assert kind != "zero" or plain == [n]  # all that could be it were too many
+            assert not plain or V < 10_000 or kind not in ("random", "few alike"), (kind, n, scale)
+    assert short.argmax(torch.full((2, D), torch.nan), weight).tolist() == [0, 0]
+    for other in (torch.float64, torch.bfloat16):
+        assert kernels.shortlist(weight.to(other)) is None
+    monkeypatch.setattr(kernels, "BF16", None)
+    assert kernels.shortlist(weight) is None
+
+
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("training", [True, False])
-def test_packed_backbone_is_the_same_and_keeps_no_plain_projection(tmp_path, sentences, tied, training):
+@pytest.mark.parametrize("training, lists", [(True, False), (False, False), (False, True)])
+def test_packed_backbone_is_the_same_and_keeps_no_plain_projection(tmp_path, sentences, tied, training, lists, monkeypatch):
+    """lists: the head has a shortlist, and is left plain."""
+    if lists and not has_bf16:
+        pytest.skip("oneDNN has no bf16 on this machine")
+    monkeypatch.setattr(kernels, "BF16", kernels.ONEDNN if lists else None)
     folder = make_checkpoint(tmp_path, tie_word_embeddings=tied)
     lm, adapter, examples = setup(folder, sentences, dropout=0.3)
     losses, gradients = [], []
@@ -310,10 +350,12 @@ def test_packed_backbone_is_the_same_and_keeps_no_plain_projection(tmp_path, sen
             plain = [StorageWeakRef(module.weight.untyped_storage()) for module in linears()]
             embeddings = lm.model.embed_tokens.weight.data_ptr()
             lm.pack(training)
-            assert len(linears()) == (7 if training else 5) * lm.cfg.num_hidden_layers + 1  # for decoding q, k and v are one
+            assert len(linears()) == (7 if training else 5) * lm.cfg.num_hidden_layers + (not tied or not lists)  # for decoding q, k and v are one
+            assert isinstance(lm.shortlist, kernels.Shortlist) == lists
             if kernels.MKL or kernels.ONEDNN:
                 is_packed = lambda weight: isinstance(weight, kernels.Packed)
-                assert is_packed(lm.head_weight()) and all(is_packed(module.weight) and is_packed(module.weight.transposed) == training for module in linears())
+                assert is_packed(lm.head_weight()) != lists
+                assert all(is_packed(module.weight) and is_packed(module.weight.transposed) == training for module in linears() if not lists or module is not getattr(lm, "lm_head", None))
                 with pytest.raises(AssertionError):
                     backbone.save(lm, {}, tmp_path / "saved")
                 assert all(weight.expired() for weight in plain) and lm.model.embed_tokens.weight.data_ptr() != embeddings  # let go of the file
