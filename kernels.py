@@ -65,22 +65,22 @@ class Shortlist:
         self.longest, self.groups = torch.linalg.vector_norm(weight, dim=1).max(), math.gcd(len(weight), 32)
 
     def argmax(self, x, weight):
-        """x (n, D) -> (n,), the same as F.linear(x, weight).argmax(1), weight being that of before; 0 where x is nan."""
+        """x (n, D) -> (n,), as F.linear(x, weight).argmax(1) up to the order of fp32's sums; weight: the one this was made of. 0 where x is nan."""
         z = BF16(x.to(torch.bfloat16), self.packed, None, "none", [], "").unflatten(1, (self.groups, -1))  # (n, V) -> (n, g, V/g)
         some = z.amax(1)  # (n, V/g), so that few of V are looked at twice
         top = some.amax(1, keepdim=True).float()  # (n, 1)
-        # bf16 rounds by a share of 2^-8 at most, and |x_1 w_1| + |x_2 w_2| + ... <= |x| |w|: z is off by 2^-7 |x| |w| for its factors and 2^-8 |z| for itself, the top by as
-        # much. An eighth more is for the products of these shares, and for the sums in fp32.
+        # bf16 rounds by a share of 2^-8 at most: z is off by 2^-7 |x| |w| for its factors (|x_1 w_1| + |x_2 w_2| + ... <= |x| |w|) and by 2^-8 |z| for itself, the top by as
+        # much. An eighth more is for the sums in fp32 and for a |z| above the top's. `least` may be rounded, since rounding keeps the order and z is bf16 as well.
         least = (top - 9 / 1024 * (2 * torch.linalg.vector_norm(x, dim=1, keepdim=True) * self.longest + top.abs())).to(torch.bfloat16)
         rows, columns = (some >= least).nonzero(as_tuple=True)
+        if 64 * len(rows) > z.numel():  # nearly equal logits: all in fp32 are sooner computed
+            return F.linear(x, weight).argmax(1)
         which, group = (z[rows, :, columns] >= least[rows]).nonzero(as_tuple=True)  # of (c, g)
         rows, words = rows[which], group * some.shape[1] + columns[which]  # of each that could be it
-        if len(rows) > len(weight) // 8:  # hardly a model's: nearly equal logits
-            return F.linear(x, weight).argmax(1)
-        logits = torch.linalg.vecdot(x[rows], weight[words])
-        greatest = logits.new_full((len(x),), -torch.inf).scatter_reduce(0, rows, logits, "amax")  # (n,)
-        best = logits == greatest[rows]
-        return words.new_zeros(len(x)).scatter_(0, rows[best], words[best])
+        parts = zip(*(each.split(max(1, LOGITS["cpu"] // x.shape[1])) for each in (rows, words)))
+        logits = torch.cat([torch.linalg.vecdot(x[row], weight[word]) for row, word in parts])  # (c', D) each -> (c',)
+        best = logits == logits.new_full((len(x),), -torch.inf).scatter_reduce(0, rows, logits, "amax")[rows]
+        return words.new_zeros(len(x)).scatter_reduce(0, rows[best], words[best], "amin", include_self=False)  # the first of equals
 
 
 def shortlist(weight):

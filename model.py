@@ -281,7 +281,7 @@ class CausalLM(nn.Module):
     def pack(self, training=False):
         """Lay out all projections as this machine multiplies them fastest (kernels.packed), for decoding with q, k and v in one, once; for training their
         transposes too, in that much memory again. What was packed can't be saved or fingerprinted. A tied head is packed beside the embeddings, which are looked up, and
-        so takes its memory twice or, in training, three times. Where decoding's head has a Shortlist it stays as it lies."""
+        so takes its memory twice or, in training, three times. In decoding a head with a kernels.Shortlist stays as it lies and takes half its memory more."""
         self.shortlist = None if training else shortlist(self.head_weight())
         if self.cfg.tie_word_embeddings and not self.shortlist:
             self.lm_head = Linear(self.cfg.hidden_size, self.cfg.vocab_size, bias=False, device="meta")
@@ -294,7 +294,7 @@ class CausalLM(nn.Module):
             weight = packed(projection.weight, training)
             del projection.weight  # the name of a parameter takes nothing else
             projection.weight = weight
-        if isinstance(weight, Packed):  # the parameters left are views of the checkpoint's file, and would keep all of it in memory
+        if isinstance(projection.weight, Packed):  # the parameters left are views of the checkpoint's file, and would keep all of it in memory
             for p in self.parameters():
                 p.data = p.data.clone()
 
