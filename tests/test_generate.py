@@ -1,5 +1,6 @@
 """Decoding (invariants 9 and 11) and the resumable translation of files."""
 
+import itertools
 import json
 import os
 import signal
@@ -13,7 +14,7 @@ import torch
 from conftest import ROOT, TORCHRUN, inside, make_checkpoint, read_rows, refuses, run, translate_batch
 from devices import Ranks
 from files import write_jsonl
-from generate import load_engine, translate_jsonl
+from generate import decoding_order, load_engine, translate_jsonl
 from kernels import packed, shortlist
 
 
@@ -50,6 +51,15 @@ def test_mixed_batch_equals_one_sentence_at_a_time_without_cache(engine, sentenc
     assert len({text for text, _ in expected}) > 12
     assert translate_batch(engine, rows, 20) == expected
     assert [translate_batch(engine, [row], 20)[0] for row in rows] == expected
+
+
+def test_order_is_by_length_and_keeps_directions_together():
+    rows = [dict(src_lang=s, tgt_lang=t, src="x" * n) for n in (0, 200, 31, 7, 32, 120, 15, 16, 112) for t in ("zh", "is") for s in ("ru", "de")]
+    order = [rows[i] for i in decoding_order(rows)]
+    assert sorted(decoding_order(rows)) == list(range(len(rows)))
+    assert all(len(a["src"]) > len(b["src"]) - 16 for a, b in itertools.combinations(order, 2))
+    runs = [key for key, _ in itertools.groupby((len(row["src"]) // 16, row["src_lang"], row["tgt_lang"]) for row in order)]
+    assert len(runs) == len(set(runs)) == 4 * 5  # four directions at each of five lengths
 
 
 def test_max_new_tokens_is_exact_and_says_so(engine, sentences):
