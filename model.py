@@ -294,7 +294,7 @@ class CausalLM(nn.Module):
             weight = packed(projection.weight, training)
             del projection.weight  # the name of a parameter takes nothing else
             projection.weight = weight
-        if isinstance(projection.weight, Packed):  # the parameters left are views of the checkpoint's file, and would keep all of it in memory
+        if isinstance(projections[0].weight, Packed):  # the parameters left are views of the checkpoint's file, and would keep all of it in memory
             for p in self.parameters():
                 p.data = p.data.clone()
 
