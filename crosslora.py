@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from files import UserError, read_json, run_main, write_atomic
-from kernels import Adapted, SideBySide, blocks, kept
+from kernels import MKL, Adapted, blocks, kept
 
 TARGET_MODULES = ("gate_proj", "up_proj", "down_proj")  # section A.1
 GROUPS = "en,de,is/cs,ru/zh"  # Table 4
@@ -80,7 +80,7 @@ class LowRank:
     """As PerRow for decoding, where a token is a row, x (1, N, D_in) -> (1, N, D_out): rows of one expert are put together in blocks of s,
     so that an expert is read once a block and not once a row.
 
-    A (a, R, D_in), B (b, D_out, R): a block's expert. moves: three row indices (None: as they stand), from rows into A's blocks, across to B's,
+    A (a, R, D_in), B (b, R, D_out): a block's expert. moves: three row indices (None: as they stand), from rows into A's blocks, across to B's,
     and back; see kernels.blocks.
     """
 
@@ -88,26 +88,27 @@ class LowRank:
         """names: the experts of A's and of B's blocks. before: the LowRank of other rows, whose memory this one takes over, or None."""
         had, held = (before.names, before.held) if before else (((), ()), (None, None))
         self.names, self.moves, self.scale = names, moves, scale
-        self.held = [gather(*side, dtype) for side in zip((bank.lora_A, bank.lora_B), names, had, held)]
+        self.held = [gather(*side, dtype) for side in zip((lambda name: bank.lora_A[name], lambda name: bank.lora_B[name].t()), names, had, held)]
         self.A, self.B = (memory[: len(some)] for memory, some in zip(self.held, names))
 
     def __call__(self, projection, x):
         move = lambda x, rows: x if rows is None else x.index_select(0, rows)
         into, across, back = self.moves
         h = move(x[0], into).view(len(self.A), -1, x.shape[-1])  # (N, D_in) -> (a*s, D_in) -> (a, s, D_in)
-        h = (torch.bmm(h, self.A.mT) if h.shape[1] > 1 else torch.bmm(self.A, h.mT).mT) * self.scale  # A_src x: (a, s, D_in) x (a, D_in, R) -> (a, s, R); for s = 1 A x is faster
+        h = torch.bmm(h, self.A.mT) if h.shape[1] > 1 or MKL else torch.bmm(self.A, h.mT).mT  # A_src x: (a, s, D_in) x (a, D_in, R) -> (a, s, R); AMD's CPUs are faster at A x for s = 1
         h = move(h.flatten(0, 1), across).view(len(self.B), -1, h.shape[-1])  # (a*s, R) -> (b*s, R) -> (b, s, R), s now of B's blocks
-        if len(self.B) == 1:  # all rows in their order; bmm would take one thread
-            return projection(x)[0].addmm_(h[0], self.B[0].mT)[None]  # eq. 4: (N, R) x (R, D_out) -> (N, D_out) -> (1, N, D_out)
-        y = torch.bmm(h, self.B.mT)  # eq. 4: (b, s, R) x (b, R, D_out) -> (b, s, D_out)
-        return projection(x, move(y.flatten(0, 1), back)[None])  # (b, s, D_out) -> (b*s, D_out) -> (1, N, D_out)
+        if back is not None:  # eq. 4: (b, s, R) x (b, R, D_out) -> (b*s, D_out) -> (1, N, D_out)
+            return projection(x, torch.bmm(h * self.scale, self.B).flatten(0, 1).index_select(0, back)[None])
+        y = projection(x).view(len(self.B), -1, self.B.shape[-1])  # (1, N, D_out) -> (b, s, D_out)
+        y = y[0].addmm_(h[0], self.B[0], alpha=self.scale) if len(self.B) == 1 else y.baddbmm_(h, self.B, alpha=self.scale)  # eq. 4: (b, s, R) x (b, R, D_out); where b = 1 bmm may take one thread
+        return y.view(x.shape[:2] + y.shape[-1:])  # (b, s, D_out) -> (1, N, D_out)
 
 
 class EveryExpert:
     """As PerRow on a GPU, for tokens of any rows: all experts present meet all tokens, and each token keeps its own. A GPU reads x as fast
     for a hundred columns as for sixteen, and a launch for every expert would cost more.
 
-    A (n*R + R, D_in), B (D_out, m*R): all experts side by side, after A's one of zeros. own (N, m*R): for every column of B the column of A's
+    A (n*R + R, D_in), B (m*R, D_out): all experts, after A's one of zeros, and B's transposed. own (N, m*R): for every row of B the column of A's
     output to take: for the token's own B_tgt its A_src x, for the others zeros.
     """
 
@@ -116,9 +117,8 @@ class EveryExpert:
 
     def __call__(self, projection, x):
         flat = x.flatten(0, -2)  # (..., D_in) -> (N, D_in)
-        h = F.linear(F.dropout(flat, self.dropout, training=self.dropout > 0), self.A)  # (N, D_in) x (D_in, n*R + R) -> (N, n*R + R)
-        h = h.gather(1, self.own)  # (N, n*R + R) -> (N, m*R)
-        y = projection(flat).addmm_(h, self.B.t(), alpha=self.scale)  # eqs. 1, 4: (N, m*R) x (m*R, D_out)
+        h = F.linear(F.dropout(flat, self.dropout, training=self.dropout > 0), self.A).gather(1, self.own)  # (N, D_in) x (D_in, n*R + R) -> (N, n*R + R) -> (N, m*R)
+        y = projection(flat).addmm_(h, self.B, alpha=self.scale)  # eqs. 1, 4: (N, m*R) x (m*R, D_out)
         return y.view(*x.shape[:-1], -1)  # (N, D_out) -> (..., D_out)
 
 
@@ -126,7 +126,7 @@ class RoutedLowRank:
     """As PerRow for MoLoRA (top-k): every token picks its experts, x (B, T, D_in) -> (B, T, D_out), the same for all rows."""
 
     def __init__(self, A, B, router, top_k, scale, dropout):
-        self.A, self.B, self.router = A, B, router  # (n, R, D_in), (n, D_out, R), fp32 (n, D_in)
+        self.A, self.B, self.router = A, B, router  # (n, R, D_in), (n, R, D_out), fp32 (n, D_in)
         self.top_k, self.scale, self.dropout, self.gates = top_k, scale, dropout, None
 
     def __call__(self, projection, x):
@@ -136,7 +136,7 @@ class RoutedLowRank:
         h = F.dropout(x, self.dropout, training=self.dropout > 0)
         h = F.linear(h, self.A.flatten(0, 1)).unflatten(-1, self.A.shape[:2])  # (B, T, n*R) -> (B, T, n, R)
         h = (h * self.gates.to(x.dtype)[..., None] * self.scale).flatten(2)  # (B, T, n, R) -> (B, T, n*R)
-        return projection(x, F.linear(h, self.B.transpose(0, 1).flatten(1)))  # eq. 3: sum over experts; B: (n, D_out, R) -> (D_out, n*R)
+        return projection(x, h @ self.B.flatten(0, 1))  # eq. 3: sum over experts; B: (n, R, D_out) -> (n*R, D_out)
 
 
 class Bank(nn.Module):
@@ -147,7 +147,7 @@ class Bank(nn.Module):
     def __init__(self, d_in, d_out, rank, a_experts, b_experts, learned):
         super().__init__()
         self.lora_A = nn.ParameterDict({name: nn.Parameter(torch.empty(rank, d_in)) for name in a_experts})
-        self.lora_B = nn.ParameterDict({name: nn.Parameter(torch.zeros(d_out, rank)) for name in b_experts})
+        self.lora_B = nn.ParameterDict({name: nn.Parameter(torch.zeros(rank, d_out).t()) for name in b_experts})  # in memory (R, D_out): products out of a rank take half the time
         for A in self.lora_A.values():
             nn.init.kaiming_uniform_(A, a=math.sqrt(5))  # as LoRA's authors and peft do; B = 0, so the start is the backbone
         self.router = nn.Parameter(torch.empty(len(a_experts), d_in)) if learned else None  # W^MoL of eq. 2
@@ -155,14 +155,14 @@ class Bank(nn.Module):
             nn.init.kaiming_uniform_(self.router, a=math.sqrt(5))  # not 0: equal scores would send all tokens to one expert
 
 
-def gather(experts, names, had, held, dtype):
-    """The experts `names` (M, N), one a block, in the first places of `held` or, where it is too small, of new memory: (blocks or more, M, N).
+def gather(expert, names, had, held, dtype):
+    """expert(name), (M, N), of each of `names`, one a block, in the first places of `held` or, where it is too small, of new memory: (blocks or more, M, N).
     had: the experts that lie in `held`; one at its place already is not copied, since a copy costs as much as the reading of many steps."""
     if held is None or len(held) < len(names):
-        had, held = (), experts[names[0]].new_empty(len(names) * 5 // 4, *experts[names[0]].shape, dtype=dtype)  # the next rows may need some more
+        had, held = (), expert(names[0]).new_empty(len(names) * 5 // 4, *expert(names[0]).shape, dtype=dtype)  # the next rows may need some more
     for i, name in enumerate(names):
         if had[i : i + 1] != (name,):
-            held[i] = experts[name].detach()
+            held[i] = expert(name).detach()
     return held
 
 
@@ -210,8 +210,8 @@ class CrossLoRA(nn.Module):
         """
         scale, p, last = self.alpha / self.rank, self.dropout if dropout else 0.0, last or counts
         if self.learned:
-            every = lambda experts: torch.stack(list(experts.values())).to(dtype)  # (n, M, N)
-            return [*self._each_bank(lambda bank: RoutedLowRank(every(bank.lora_A), every(bank.lora_B), bank.router, self.top_k, scale, p))]
+            every = lambda experts: torch.stack(list(experts)).to(dtype)  # (n, M, N)
+            return [*self._each_bank(lambda bank: RoutedLowRank(every(bank.lora_A.values()), every(B.t() for B in bank.lora_B.values()), bank.router, self.top_k, scale, p))]
         routes = [self.route(s, t) for s, t in zip(src_langs, tgt_langs, strict=True)]
         if together or together is None and counts is not None and next(self.parameters()).is_cuda:
             present = None if stacked else [sorted(set(side)) for side in zip(*routes)]
@@ -237,7 +237,7 @@ class CrossLoRA(nn.Module):
         """Experts as EveryExpert takes them, `experts` of A and B or all, for every layer {projection: (A, B)}, made as they are asked for, so that a GPU has the layers before to compute."""
         a, b = experts or self.experts
         every_A = lambda bank: torch.cat([*(bank.lora_A[name] for name in a), torch.zeros_like(bank.lora_A[a[0]])]).to(dtype)  # (n*R + R, D_in)
-        every_B = lambda bank: SideBySide.apply(dtype, *(bank.lora_B[name] for name in b))  # (D_out, m*R)
+        every_B = lambda bank: torch.cat([bank.lora_B[name].t() for name in b]).to(dtype)  # (m*R, D_out)
         return self._each_bank(lambda bank: (every_A(bank), every_B(bank)))
 
     def places(self, src_langs, tgt_langs, counts, experts=None):

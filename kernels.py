@@ -151,7 +151,7 @@ class Adapted(torch.autograd.Function):
         A, B, by_A, by_B, by_h = experts[: len(a_sizes)], experts[len(a_sizes) :], [], [], torch.empty_like(h)
         for grad_run, h_run, B_run, by_h_run in zip(grad.split(b_sizes), h.split(b_sizes), B, by_h.split(b_sizes)):
             torch.mm(grad_run, B_run, out=by_h_run)  # (n, D_out) x (D_out, R)
-            by_B.append(grad_run.t() @ h_run)  # (D_out, n) x (n, R)
+            by_B.append((h_run.t() @ grad_run).t())  # (R, n) x (n, D_out), half the time of (D_out, n) x (n, R), -> (D_out, R): B lies so, too
         by_h *= scale
         by_x = None
         if ctx.needs_input_grad[0]:  # not below the first adapter
@@ -172,21 +172,6 @@ def split_or_none(x, sizes):
     return [None] * len(sizes) if x is None else x.split(sizes)
 
 
-class SideBySide(torch.autograd.Function):
-    """m matrices B (D_out, R) as one (D_out, m*R) in `dtype`. Their gradients lie one after another, so that each B takes its own as it is: of torch.cat's
-    gradient its columns lie in pieces, autograd copies them for every B, and a host takes longer to start thousands of copies than a GPU for its products."""
-
-    @staticmethod
-    def forward(ctx, dtype, *each):
-        ctx.dtype, ctx.R = each[0].dtype, each[0].shape[1]
-        return torch.cat(each, 1).to(dtype)
-
-    @staticmethod
-    def backward(ctx, grad):
-        grad = grad.unflatten(1, (-1, ctx.R)).transpose(0, 1)  # (D_out, m*R) -> (D_out, m, R) -> (m, D_out, R)
-        return None, *torch.empty(grad.shape, dtype=ctx.dtype, device=grad.device).copy_(grad).unbind()
-
-
 def blocks(names):
     """Deal rows to blocks of one size, each of one expert, given the expert of every row: (expert of each block, row of
     each place in the blocks, place of each row). A block that is not full repeats one of its rows. Where an expert has two rows or
@@ -203,14 +188,19 @@ def blocks(names):
     return tuple(name for name, _ in dealt), places, [place[row] for row in range(len(names))]
 
 
+def normed(x, weight, eps):
+    scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()  # reads x once, and writes no squares
+    return (x * scale).mul_(weight), scale
+
+
 class FrozenRMSNorm(torch.autograd.Function):
     """F.rms_norm by a frozen weight. On a CPU torch puts its backward pass together from a dozen operations, a GPU has a kernel."""
 
     @staticmethod
     def forward(ctx, x, weight, eps):
-        scale = (x.square().mean(-1, keepdim=True) + eps).rsqrt_()
+        y, scale = normed(x, weight, eps)
         ctx.save_for_backward(x, weight, scale)
-        return (x * scale).mul_(weight)
+        return y
 
     @staticmethod
     def backward(ctx, grad):
@@ -222,9 +212,9 @@ class FrozenRMSNorm(torch.autograd.Function):
 
 def rms_norm(x, weight, eps):
     """x (..., D) over its root mean square, times weight (D,), computed in fp32 and rounded once; transformers rounds before the weight too."""
-    if x.requires_grad and x.dtype == torch.float32 and not x.is_cuda and not weight.requires_grad:
-        return FrozenRMSNorm.apply(x, weight, eps)
-    return F.rms_norm(x, weight.shape, weight, eps)
+    if x.is_cuda or x.dtype != torch.float32 or weight.requires_grad:
+        return F.rms_norm(x, weight.shape, weight, eps)
+    return FrozenRMSNorm.apply(x, weight, eps) if x.requires_grad else normed(x, weight, eps)[0]  # apply() alone takes 10 us, as much as a small product
 
 
 def turned(x, cos, sin):
@@ -236,7 +226,7 @@ def turned(x, cos, sin):
 
 
 class Rotate(torch.autograd.Function):
-    """RoPE on split halves: x (B, heads, T, K), cos and sin (B, 1, T, K/2). Its gradient is the turn back."""
+    """`turned`, whose gradient is the turn back."""
 
     @staticmethod
     def forward(ctx, x, cos, sin):
@@ -261,6 +251,16 @@ class SwiGLU(torch.autograd.Function):
     def backward(ctx, grad):
         gate, up = ctx.saved_tensors
         return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
+
+
+def swiglu(gate, up):
+    """silu(gate) * up, each (..., F)."""
+    return SwiGLU.apply(gate, up) if gate.requires_grad else F.silu(gate).mul_(up)
+
+
+def rotate(x, cos, sin):
+    """RoPE on split halves: x (B, heads, T, K), cos and sin (B, 1, T, K/2)."""
+    return Rotate.apply(x, cos, sin) if x.requires_grad else turned(x, cos, sin)
 
 
 class Rows(NamedTuple):
@@ -311,21 +311,32 @@ def attention(q, k, v, rows=None):
     return one_after_another([F.scaled_dot_product_attention(*(below(x, count) for x in run), is_causal=True, **gqa) for run, (_, count) in zip(some, runs)])
 
 
-def cached_attention(q, k, v, rows, begins, filled):
-    """The same for the newest tokens of rows, q (1, H, T, K), over all that a cache has of these rows, themselves included: k, v (places, S, G, K).
-    int32: begins (n+1,), the first slot of each row among those of all places (the last is there for the kernel, and not read), and filled (n,), how many of its slots are in use."""
+def seen(rows, begins, k, heads):
+    """The slots of a cache that the newest tokens of rows see, for cached_attention in every layer. begins (n,): the first slot of each row among those of all places;
+    k (places, S, G, K): a layer's keys; heads: H. For a GPU's kernel int32: begins and one more, which it doesn't read, (n+1,), and how many slots are in use (n,). Else for each of
+    runs_of_rows what is added to scores, 0 or, for slots of later tokens and empty ones, -inf (n, 1, H/G * L, S')."""
+    filled = rows.positions[0, rows.starts[1:] - 1].int() + 1
+    if k.is_cuda and k.dtype == torch.bfloat16:
+        return F.pad(begins, (0, 1)).int(), filled
+    runs, sizes = runs_of_rows(rows.lengths)
+    slots = torch.arange(k.shape[1] if k.is_cuda else int(filled.max()), device=k.device)  # a recorded step can't ask for the greatest
+    later = (slots > at.view(count, 1, length, 1) for (length, count), at in zip(runs, rows.positions[0].split(sizes)))  # (n, 1, L, S')
+    return [torch.zeros(x.shape, dtype=k.dtype, device=k.device).masked_fill_(x, -torch.inf).repeat(1, 1, heads // k.shape[2], 1) for x in later]
+
+
+def cached_attention(q, k, v, rows, seen):
+    """`attention` for the newest tokens of rows, q (1, H, T, K), over all that a cache has of these rows, themselves included: k, v (places, S, G, K). seen: what the function gives."""
     longest = max(rows.lengths)
     if q.is_cuda and q.dtype == torch.bfloat16:  # varlen_attn, but torch 2.11's has no seqused_k yet
+        begins, filled = seen
         y = torch.ops.aten._flash_attention_forward(q[0].transpose(0, 1), k.flatten(0, 1), v.flatten(0, 1), rows.starts, begins, longest, k.shape[1],
                                                     0.0, longest > 1, False, seqused_k=filled)[0]  # (T, H, K), and (places, S, G, K) -> (places*S, G, K)
         return y.transpose(0, 1)[None]  # (T, H, K) -> (1, H, T, K)
-    S, G = k.shape[1] if q.is_cuda else int(filled.max()), k.shape[2]  # a recorded step can't ask for the greatest
-    k, v = k[:, :S], v[:, :S]
+    k, v = (x[:, : seen[0].shape[-1]] for x in (k, v))  # (places, S', G, K)
     (runs, sizes), each, done = runs_of_rows(rows.lengths), [], 0
-    for (length, count), q_run, at in zip(runs, q[0].split(sizes, dim=1), rows.positions[0].split(sizes)):
-        mine = [x if rows.places is None else x[rows.places[done : done + count]] for x in (k, v)]  # (n, S, G, K)
-        queries = below(q_run, count).reshape(count, G, -1, q.shape[-1])  # a group's heads are so many more queries over the same keys: (n, H, L, K) -> (n, G, H/G * L, K)
-        mask = (torch.arange(S, device=q.device) <= at.view(count, 1, length, 1)).repeat(1, 1, q.shape[1] // G, 1)  # (n, 1, L, S) -> (n, 1, H/G * L, S)
+    for (length, count), q_run, mask in zip(runs, q[0].split(sizes, dim=1), seen):
+        mine = [x if rows.places is None else x[rows.places[done : done + count]] for x in (k, v)]  # (n, S', G, K)
+        queries = below(q_run, count).reshape(count, k.shape[2], -1, q.shape[-1])  # a group's heads are so many more queries over the same keys: (n, H, L, K) -> (n, G, H/G * L, K)
         y = F.scaled_dot_product_attention(queries, *(x.transpose(1, 2) for x in mine), attn_mask=mask)  # (n, G, H/G * L, K)
         each.append(y.reshape(count, -1, length, q.shape[-1]))  # -> (n, H, L, K)
         done += count

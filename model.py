@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from files import UserError, read_json, write_atomic
-from kernels import Packed, Rotate, SwiGLU, attention, cached_attention, linear, packed, rms_norm, shortlist
+from kernels import Packed, attention, cached_attention, linear, packed, rms_norm, rotate, seen, shortlist, swiglu
 
 ROPE_KEYS = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}  # Llama-3.1's
 
@@ -99,11 +99,6 @@ def rope_inv_freq(cfg):
     return (1 - smooth) * inv_freq / factor + smooth * inv_freq
 
 
-def rotate(x, cos, sin):
-    """RoPE on split halves: x (B, heads, T, K), cos and sin (1, T, K/2)."""
-    return Rotate.apply(x, cos[:, None], sin[:, None])
-
-
 def pick(x, wanted):
     """x (B, T, D) at positions `wanted` (B, W): (B, W, D); all of x where that is None."""
     if wanted is None:
@@ -145,11 +140,11 @@ class KVCache:
         if slots > self.k[0].shape[1]:
             self.each(lambda x: F.pad(x, (0, 0, 0, 0, 0, slots + 63 - x.shape[1])))
 
-    def where(self, rows):
-        """Of a pass over kernels.Rows: the slot of each token among those of all places (T,), and kernels.cached_attention's begins and filled."""
+    def where(self, rows, heads):
+        """Of a pass over kernels.Rows: the slot of each token among those of all places (T,), and what kernels.seen gives for `heads` query heads."""
         begins = (torch.arange(len(self.k[0]), device=rows.starts.device) if rows.places is None else rows.places) * self.k[0].shape[1]  # (n,)
         at = begins.repeat_interleave(rows.starts.diff(), output_size=rows.positions.numel()) + rows.positions[0]  # (n,) -> (T,)
-        return at, F.pad(begins, (0, 1)).int(), rows.positions[0, rows.starts[1:] - 1].int() + 1
+        return at, seen(rows, begins, self.k[0], heads)
 
     def update(self, layer, k, v, at):
         """Write k, v (1, G, T, K) at slots `at`; return all of the layer's, (places, S, G, K)."""
@@ -207,7 +202,7 @@ class MLP(nn.Module):
             projection = getattr(self, name)
             return projection(x) if lora is None else lora[name](projection, x)  # eq. 1: W_0 x and the update
 
-        return project("down_proj", SwiGLU.apply(project("gate_proj", x), project("up_proj", x)))
+        return project("down_proj", swiglu(project("gate_proj", x), project("up_proj", x)))
 
 
 class Layer(nn.Module):
@@ -256,13 +251,13 @@ class CausalLM(nn.Module):
         positions = torch.arange(tokens.shape[1], device=tokens.device)[None] if rows is None else rows.positions  # (1, T)
         angles = positions[..., None].float() * self.inv_freq  # (1, T, K/2)
         x = self.model.embed_tokens(tokens)  # (B, T, D)
-        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        cos, sin = (turn(angles).to(x.dtype)[:, None] for turn in (torch.cos, torch.sin))  # (B, 1, T, K/2)
         attend = lambda q, k, v: attention(q, k, v, rows)
         if cache is not None:
-            at, *spans = cache.where(rows)
+            at, slots = cache.where(rows, self.cfg.num_attention_heads)
         for i, (layer, updates) in enumerate(zip(self.model.layers, lora or [None] * len(self.model.layers), strict=True)):
             if cache is not None:
-                attend = lambda q, k, v, i=i: cached_attention(q, *cache.update(i, k, v, at), rows, *spans)
+                attend = lambda q, k, v, i=i: cached_attention(q, *cache.update(i, k, v, at), rows, slots)
             x = layer(x, cos, sin, attend, updates, wanted if layer is self.model.layers[-1] else None)  # after its attention no token needs another's states
         return self.model.norm(x)
 

@@ -97,7 +97,7 @@ def random_adapter(cfg, languages, device):
     adapter = CrossLoRA(cfg, list(languages)).to(device)
     for name, p in adapter.named_parameters():
         if "lora_B" in name:
-            torch.nn.init.normal_(p, std=0.01)  # at B = 0 R-Drop's two passes are equal and the KL has nothing to compute
+            p.data.copy_(0.01 * torch.randn(p.shape, device=device))  # at B = 0 R-Drop's two passes are equal and the KL has nothing to compute
     return adapter
 
 

@@ -36,9 +36,8 @@ def test_attention_over_a_cache_sees_each_rows_own_slots(lengths, before, places
     q = torch.randn(1, 8, sum(lengths), 64, device=GPU, dtype=torch.bfloat16)
     cache = [torch.randn(7, 40, groups, 64, device=GPU, dtype=torch.bfloat16) for _ in "kv"]
     rows = kernels.Rows.of(lengths, GPU, before, None if places is None else torch.tensor(places, device=GPU))
-    begins, filled = (torch.tensor(x, device=GPU, dtype=torch.int32) for x in ([40 * place for place in places or range(7)] + [0], [a + b for a, b in zip(lengths, before)]))
-    fast = kernels.cached_attention(q, *cache, rows, begins, filled)
-    slow = kernels.cached_attention(*(x.float() for x in (q, *cache)), rows, begins, filled)
+    begins = torch.tensor([40 * place for place in places or range(7)], device=GPU)
+    fast, slow = (kernels.cached_attention(q, k, v, rows, kernels.seen(rows, begins, k, 8)) for q, k, v in ([q, *cache], [x.float() for x in (q, *cache)]))
     assert fast.shape == slow.shape and (fast.float() - slow).norm() < 0.01 * slow.norm()
 
 
