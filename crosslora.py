@@ -95,7 +95,7 @@ class LowRank:
         move = lambda x, rows: x if rows is None else x.index_select(0, rows)
         into, across, back = self.moves
         h = move(x[0], into).view(len(self.A), -1, x.shape[-1])  # (N, D_in) -> (a*s, D_in) -> (a, s, D_in)
-        h = torch.bmm(h, self.A.mT) if h.shape[1] > 1 or MKL else torch.bmm(self.A, h.mT).mT  # A_src x: (a, s, D_in) x (a, D_in, R) -> (a, s, R); AMD's CPUs are faster at A x for s = 1
+        h = torch.bmm(h, self.A.mT) if h.shape[1] > 1 or MKL else torch.bmm(self.A, h.mT).mT  # A_src x: (a, s, D_in) x (a, D_in, R) -> (a, s, R); A x for s = 1 takes twice as long on an Intel Xeon, half to four fifths on an AMD EPYC
         h = move(h.flatten(0, 1), across).view(len(self.B), -1, h.shape[-1])  # (a*s, R) -> (b*s, R) -> (b, s, R), s now of B's blocks
         if back is not None:  # eq. 4: (b, s, R) x (b, R, D_out) -> (b*s, D_out) -> (1, N, D_out)
             return projection(x, torch.bmm(h * self.scale, self.B).flatten(0, 1).index_select(0, back)[None])
@@ -108,8 +108,8 @@ class EveryExpert:
     """As PerRow on a GPU, for tokens of any rows: all experts present meet all tokens, and each token keeps its own. A GPU reads x as fast
     for a hundred columns as for sixteen, and a launch for every expert would cost more.
 
-    A (n*R + R, D_in), B (m*R, D_out): all experts, after A's one of zeros, and B's transposed. own (N, m*R): for every row of B the column of A's
-    output to take: for the token's own B_tgt its A_src x, for the others zeros.
+    A (n*R + R, D_in): all A's and an expert of zeros, B (m*R, D_out): all B's transposes, one below the other. own (N, m*R): for every row of B the
+    column of A's output to take: for the token's own B_tgt its A_src x, for the others zeros.
     """
 
     def __init__(self, A, B, own, scale, dropout):
@@ -147,7 +147,7 @@ class Bank(nn.Module):
     def __init__(self, d_in, d_out, rank, a_experts, b_experts, learned):
         super().__init__()
         self.lora_A = nn.ParameterDict({name: nn.Parameter(torch.empty(rank, d_in)) for name in a_experts})
-        self.lora_B = nn.ParameterDict({name: nn.Parameter(torch.zeros(rank, d_out).t()) for name in b_experts})  # in memory (R, D_out): products out of a rank take half the time
+        self.lora_B = nn.ParameterDict({name: nn.Parameter(torch.zeros(rank, d_out).t()) for name in b_experts})  # in memory (R, D_out): products out of a rank take half the time, and gradients come so
         for A in self.lora_A.values():
             nn.init.kaiming_uniform_(A, a=math.sqrt(5))  # as LoRA's authors and peft do; B = 0, so the start is the backbone
         self.router = nn.Parameter(torch.empty(len(a_experts), d_in)) if learned else None  # W^MoL of eq. 2

@@ -189,6 +189,7 @@ def blocks(names):
 
 
 def normed(x, weight, eps):
+    """rms_norm on a CPU, and 1 / the root mean square (..., 1)."""
     scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()  # reads x once, and writes no squares
     return (x * scale).mul_(weight), scale
 
@@ -239,6 +240,11 @@ class Rotate(torch.autograd.Function):
         return turned(grad, cos, -sin), None, None
 
 
+def rotate(x, cos, sin):
+    """RoPE on split halves: x (B, heads, T, K), cos and sin (1, 1, T, K/2)."""
+    return Rotate.apply(x, cos, sin) if x.requires_grad else turned(x, cos, sin)
+
+
 class SwiGLU(torch.autograd.Function):
     """silu(gate) * up, which keeps its two inputs and finds silu(gate) again in the backward pass: an eighth of what a pass keeps."""
 
@@ -254,13 +260,8 @@ class SwiGLU(torch.autograd.Function):
 
 
 def swiglu(gate, up):
-    """silu(gate) * up, each (..., F)."""
+    """silu(gate) * up, of one shape."""
     return SwiGLU.apply(gate, up) if gate.requires_grad else F.silu(gate).mul_(up)
-
-
-def rotate(x, cos, sin):
-    """RoPE on split halves: x (B, heads, T, K), cos and sin (B, 1, T, K/2)."""
-    return Rotate.apply(x, cos, sin) if x.requires_grad else turned(x, cos, sin)
 
 
 class Rows(NamedTuple):
@@ -314,7 +315,7 @@ def attention(q, k, v, rows=None):
 def seen(rows, begins, k, heads):
     """The slots of a cache that the newest tokens of rows see, for cached_attention in every layer. begins (n,): the first slot of each row among those of all places;
     k (places, S, G, K): a layer's keys; heads: H. For a GPU's kernel int32: begins and one more, which it doesn't read, (n+1,), and how many slots are in use (n,). Else for each of
-    runs_of_rows what is added to scores, 0 or, for slots of later tokens and empty ones, -inf (n, 1, H/G * L, S')."""
+    runs_of_rows what is added to scores, 0 or, for slots of later tokens and empty ones, -inf (n, 1, H/G * L, S'), S' the most in use; on a GPU S."""
     filled = rows.positions[0, rows.starts[1:] - 1].int() + 1
     if k.is_cuda and k.dtype == torch.bfloat16:
         return F.pad(begins, (0, 1)).int(), filled
@@ -324,17 +325,17 @@ def seen(rows, begins, k, heads):
     return [torch.zeros(x.shape, dtype=k.dtype, device=k.device).masked_fill_(x, -torch.inf).repeat(1, 1, heads // k.shape[2], 1) for x in later]
 
 
-def cached_attention(q, k, v, rows, seen):
-    """`attention` for the newest tokens of rows, q (1, H, T, K), over all that a cache has of these rows, themselves included: k, v (places, S, G, K). seen: what the function gives."""
+def cached_attention(q, k, v, rows, slots):
+    """`attention` for the newest tokens of rows, q (1, H, T, K), over all that a cache has of these rows, themselves included: k, v (places, S, G, K). slots: what seen() gives."""
     longest = max(rows.lengths)
     if q.is_cuda and q.dtype == torch.bfloat16:  # varlen_attn, but torch 2.11's has no seqused_k yet
-        begins, filled = seen
+        begins, filled = slots
         y = torch.ops.aten._flash_attention_forward(q[0].transpose(0, 1), k.flatten(0, 1), v.flatten(0, 1), rows.starts, begins, longest, k.shape[1],
                                                     0.0, longest > 1, False, seqused_k=filled)[0]  # (T, H, K), and (places, S, G, K) -> (places*S, G, K)
         return y.transpose(0, 1)[None]  # (T, H, K) -> (1, H, T, K)
-    k, v = (x[:, : seen[0].shape[-1]] for x in (k, v))  # (places, S', G, K)
+    k, v = (x[:, : slots[0].shape[-1]] for x in (k, v))  # (places, S', G, K)
     (runs, sizes), each, done = runs_of_rows(rows.lengths), [], 0
-    for (length, count), q_run, mask in zip(runs, q[0].split(sizes, dim=1), seen):
+    for (length, count), q_run, mask in zip(runs, q[0].split(sizes, dim=1), slots):
         mine = [x if rows.places is None else x[rows.places[done : done + count]] for x in (k, v)]  # (n, S', G, K)
         queries = below(q_run, count).reshape(count, k.shape[2], -1, q.shape[-1])  # a group's heads are so many more queries over the same keys: (n, H, L, K) -> (n, G, H/G * L, K)
         y = F.scaled_dot_product_attention(queries, *(x.transpose(1, 2) for x in mine), attn_mask=mask)  # (n, G, H/G * L, K)

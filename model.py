@@ -251,7 +251,7 @@ class CausalLM(nn.Module):
         positions = torch.arange(tokens.shape[1], device=tokens.device)[None] if rows is None else rows.positions  # (1, T)
         angles = positions[..., None].float() * self.inv_freq  # (1, T, K/2)
         x = self.model.embed_tokens(tokens)  # (B, T, D)
-        cos, sin = (turn(angles).to(x.dtype)[:, None] for turn in (torch.cos, torch.sin))  # (B, 1, T, K/2)
+        cos, sin = (turn(angles).to(x.dtype)[:, None] for turn in (torch.cos, torch.sin))  # (1, 1, T, K/2)
         attend = lambda q, k, v: attention(q, k, v, rows)
         if cache is not None:
             at, slots = cache.where(rows, self.cfg.num_attention_heads)

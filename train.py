@@ -75,13 +75,11 @@ def sync_gradients(adapter, sums):
     for p in live:
         if p.grad is None:
             p.grad = torch.zeros_like(p)
-    flat = torch.cat([sums, *(p.grad.flatten() for p in live)])  # one message a step
+    parts = [sums, *(p.grad.as_strided([p.numel()], [1]) for p in live)]  # as they lie in memory: no copies but into `flat`
+    flat = torch.cat(parts)  # one message a step
     dist.all_reduce(flat)
-    sums.copy_(flat[:2])
-    offset = 2
-    for p in live:
-        p.grad.copy_(flat[offset : offset + p.numel()].view_as(p))
-        offset += p.numel()
+    for part, summed in zip(parts, flat.split([*map(len, parts)])):
+        part.copy_(summed)
 
 
 def lr_factor(step, total, warmup_ratio, schedule):
@@ -258,6 +256,8 @@ def main():
             raise UserError(f"{out}: was started on another backbone than the {args.model} of now; choose another --out")
         adapter.load_state_dict(state["adapter"])
         optimizer.load_state_dict(state["optimizer"])
+        for p, moments in optimizer.state.items():  # the fused step asks no strides, so that they must lie in memory as p does, whoever wrote them
+            moments.update({name: torch.empty_like(p).copy_(x) for name, x in moments.items() if x.shape == p.shape})
         step, best, log_bytes = state["step"], state["best"], state["log_bytes"]
         del state
     if chief:
