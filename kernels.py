@@ -327,9 +327,8 @@ def seen(rows, begins, k, heads):
 
 def cached_attention(q, k, v, rows, slots):
     """`attention` for the newest tokens of rows, q (1, H, T, K), over all that a cache has of these rows, themselves included: k, v (places, S, G, K). slots: what seen() gives."""
-    longest = max(rows.lengths)
     if q.is_cuda and q.dtype == torch.bfloat16:  # varlen_attn, but torch 2.11's has no seqused_k yet
-        begins, filled = slots
+        (begins, filled), longest = slots, max(rows.lengths)
         y = torch.ops.aten._flash_attention_forward(q[0].transpose(0, 1), k.flatten(0, 1), v.flatten(0, 1), rows.starts, begins, longest, k.shape[1],
                                                     0.0, longest > 1, False, seqused_k=filled)[0]  # (T, H, K), and (places, S, G, K) -> (places*S, G, K)
         return y.transpose(0, 1)[None]  # (T, H, K) -> (1, H, T, K)

@@ -153,6 +153,20 @@ def test_all_experts_for_all_tokens_equal_each_rows_own(checkpoint, sentences, v
     assert sums(together)[2] > 1e-3  # R-Drop's copies differ
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_experts_put_together_take_their_gradients_as_they_lie(lm, dtype):
+    adapter = randomise(CrossLoRA(lm.cfg, list(LANGUAGES), rank=4, alpha=8))
+    A, B = next(adapter.stacked(dtype))["up_proj"]
+    bank = adapter.layers[0]["up_proj"]
+    for together, side, names, each in ((A[:-4], bank.lora_A, adapter.experts[0], lambda x: x), (B, bank.lora_B, adapter.experts[1], torch.t)):
+        experts = [side[name] for name in names]
+        assert torch.equal(together, torch.cat([each(x) for x in experts]).to(dtype)) and together.dtype == dtype
+        square = (together * together).detach()
+        for x, grad, wanted in zip(experts, torch.autograd.grad(together, experts, square), square.float().split(4)):
+            assert torch.equal(grad, each(wanted)) and grad.dtype == torch.float32
+            assert grad.stride() == x.stride()  # .backward() copies such as lie otherwise
+
+
 def test_experts_made_for_one_pass_are_not_taken_for_none_in_the_next(lm):
     adapter = randomise(CrossLoRA(lm.cfg, list(LANGUAGES), rank=4, alpha=8))
     tokens, rows = torch.tensor([[5, 6, 7]]), kernels.Rows.of([3], "cpu")
