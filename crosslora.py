@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from files import UserError, read_json, run_main, write_atomic
-from kernels import MKL, Adapted, blocks, kept
+from kernels import MKL, Adapted, StackedTransposes, blocks, kept
 
 TARGET_MODULES = ("gate_proj", "up_proj", "down_proj")  # section A.1
 GROUPS = "en,de,is/cs,ru/zh"  # Table 4
@@ -97,8 +97,8 @@ class LowRank:
         h = move(x[0], into).view(len(self.A), -1, x.shape[-1])  # (N, D_in) -> (a*s, D_in) -> (a, s, D_in)
         h = torch.bmm(h, self.A.mT) if h.shape[1] > 1 or MKL else torch.bmm(self.A, h.mT).mT  # A_src x: (a, s, D_in) x (a, D_in, R) -> (a, s, R); A x for s = 1 takes twice as long on an Intel Xeon, half to four fifths on an AMD EPYC
         h = move(h.flatten(0, 1), across).view(len(self.B), -1, h.shape[-1])  # (a*s, R) -> (b*s, R) -> (b, s, R), s now of B's blocks
-        if back is not None:  # eq. 4: (b, s, R) x (b, R, D_out) -> (b*s, D_out) -> (1, N, D_out)
-            return projection(x, torch.bmm(h * self.scale, self.B).flatten(0, 1).index_select(0, back)[None])
+        if back is not None:  # eq. 4: (b, s, R) x (b, R, D_out) -> (b*s, D_out) -> (N, D_out), added to (1, N, D_out)
+            return projection(x).add_(torch.bmm(h * self.scale, self.B).flatten(0, 1).index_select(0, back))
         y = projection(x).view(len(self.B), -1, self.B.shape[-1])  # (1, N, D_out) -> (b, s, D_out)
         y = y[0].addmm_(h[0], self.B[0], alpha=self.scale) if len(self.B) == 1 else y.baddbmm_(h, self.B, alpha=self.scale)  # eq. 4: (b, s, R) x (b, R, D_out); where b = 1 bmm may take one thread
         return y.view(x.shape[:2] + y.shape[-1:])  # (b, s, D_out) -> (1, N, D_out)
@@ -136,7 +136,7 @@ class RoutedLowRank:
         h = F.dropout(x, self.dropout, training=self.dropout > 0)
         h = F.linear(h, self.A.flatten(0, 1)).unflatten(-1, self.A.shape[:2])  # (B, T, n*R) -> (B, T, n, R)
         h = (h * self.gates.to(x.dtype)[..., None] * self.scale).flatten(2)  # (B, T, n, R) -> (B, T, n*R)
-        return projection(x, h @ self.B.flatten(0, 1))  # eq. 3: sum over experts; B: (n, R, D_out) -> (n*R, D_out)
+        return projection(x) + h @ self.B.flatten(0, 1)  # eq. 3: sum over experts; B: (n, R, D_out) -> (n*R, D_out)
 
 
 class Bank(nn.Module):
@@ -237,7 +237,7 @@ class CrossLoRA(nn.Module):
         """Experts as EveryExpert takes them, `experts` of A and B or all, for every layer {projection: (A, B)}, made as they are asked for, so that a GPU has the layers before to compute."""
         a, b = experts or self.experts
         every_A = lambda bank: torch.cat([*(bank.lora_A[name] for name in a), torch.zeros_like(bank.lora_A[a[0]])]).to(dtype)  # (n*R + R, D_in)
-        every_B = lambda bank: torch.cat([bank.lora_B[name].t() for name in b]).to(dtype)  # (m*R, D_out)
+        every_B = lambda bank: StackedTransposes.apply(*(bank.lora_B[name] for name in b)).to(dtype)  # (m*R, D_out)
         return self._each_bank(lambda bank: (every_A(bank), every_B(bank)))
 
     def places(self, src_langs, tgt_langs, counts, experts=None):

@@ -88,31 +88,27 @@ def shortlist(weight):
     return Shortlist(weight) if BF16 and weight.is_cpu and weight.dtype == torch.float32 else None
 
 
-def product(x, weight, bias=None, update=None):
-    """x (..., D_in) times weight, plain or Packed, plus bias (D_out,), plus update (..., D_out): (..., D_out). Without derivatives where the weight is Packed."""
-    y = weight.product(x, bias) if isinstance(weight, Packed) else F.linear(x, weight, bias)
-    return y if update is None else y.add_(update)
+def product(x, weight, bias=None):
+    """x (..., D_in) times weight, plain or Packed, plus bias (D_out,): (..., D_out). Without derivatives where the weight is Packed."""
+    return weight.product(x, bias) if isinstance(weight, Packed) else F.linear(x, weight, bias)
 
 
 class FrozenLinear(torch.autograd.Function):
-    """`product` by a Packed weight, with derivatives by x and update."""
+    """`product` by a Packed weight, with derivatives by x."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, update):
+    def forward(ctx, x, weight, bias):
         ctx.weight = weight
-        return product(x, weight, bias, update)
+        return product(x, weight, bias)
 
     @staticmethod
     def backward(ctx, grad):
-        x_grad = product(grad, ctx.weight.t()) if ctx.needs_input_grad[0] else None  # none below the first adapter
-        return x_grad, None, None, grad if ctx.needs_input_grad[3] else None
+        return product(grad, ctx.weight.t()), None, None
 
 
-def linear(x, weight, bias=None, update=None):
-    """F.linear(x, weight, bias) + update; shapes as in product."""
-    if isinstance(weight, Packed) and torch.is_grad_enabled():
-        return FrozenLinear.apply(x, weight, bias, update)
-    return product(x, weight, bias, update)
+def linear(x, weight, bias=None):
+    """F.linear(x, weight, bias), weight plain or Packed."""
+    return (FrozenLinear.apply if isinstance(weight, Packed) and torch.is_grad_enabled() else product)(x, weight, bias)
 
 
 def kept(x, p):
@@ -153,23 +149,30 @@ class Adapted(torch.autograd.Function):
             torch.mm(grad_run, B_run, out=by_h_run)  # (n, D_out) x (D_out, R)
             by_B.append((h_run.t() @ grad_run).t())  # (R, n) x (n, D_out), half the time of (D_out, n) x (n, R), -> (D_out, R): B lies so, too
         by_h *= scale
-        by_x = None
-        if ctx.needs_input_grad[0]:  # not below the first adapter
-            by_x = product(grad, weight.t())  # (N, D_out) x (D_out, D_in) -> (N, D_in)
+        by_x = product(grad, weight.t()) if ctx.needs_input_grad[0] else None  # not below the first adapter; (N, D_out) x (D_out, D_in) -> (N, D_in)
         for x_run, m, A_run, by_h_run, by_x_run in zip(x.split(a_sizes), split_or_none(mask, a_sizes), A, by_h.split(a_sizes), split_or_none(by_x, a_sizes)):
             m = None if m is None else m.to(x.dtype)
             if by_x is not None:
                 below = torch.zeros_like(x_run).addmm_(by_h_run, A_run)  # (n, R) x (R, D_in); MKL takes up to five times as long where it does not add
-                if m is None:
-                    by_x_run += below
-                else:
-                    by_x_run.addcmul_(below, m)
+                by_x_run.add_(below) if m is None else by_x_run.addcmul_(below, m)
             by_A.append(by_h_run.t() @ (x_run if m is None else m.mul_(x_run)))  # (R, n) x (n, D_in)
         return by_x, *[None] * 6, *by_A, *by_B
 
 
 def split_or_none(x, sizes):
     return [None] * len(sizes) if x is None else x.split(sizes)
+
+
+class StackedTransposes(torch.autograd.Function):
+    """B's (D_out, R) as their transposes one below the other, (m*R, D_out). To autograd each transpose would be an operation of its own, thousands a step."""
+
+    @staticmethod
+    def forward(ctx, *B):
+        return torch.cat([expert.t() for expert in B])
+
+    @staticmethod
+    def backward(ctx, grad):
+        return tuple(part.t() for part in grad.chunk(len(ctx.needs_input_grad)))  # (m*R, D_out) -> (R, D_out) each -> (D_out, R), as B lies: no copies
 
 
 def blocks(names):

@@ -21,7 +21,7 @@ def tables():
               *(f"{r['peak_mib'][name]:,}" if name in r["peak_mib"] else "-" for name in ("ours", "usual", "tuned")), str(r["pairs"])] for r in read("train")]
     decode = []
     for r in read("generate"):
-        decode.append([size(r), str(r["sentences_per_s"]["ours"]), str(r["output_tokens_per_s"]["ours"]), ratio(r.get("ratio_usual")), ratio(r.get("ratio_sorted")),
+        decode.append([size(r) + ("" if r["peer_seconds"] else ", ours alone"), str(r["sentences_per_s"]["ours"]), str(r["output_tokens_per_s"]["ours"]), ratio(r.get("ratio_usual")), ratio(r.get("ratio_sorted")),
                        f"{r['utilisation']:.0%}", str(r["count"])])
         if alone := r.get("alone"):
             rate = alone["output_tokens_per_s"]["median"]

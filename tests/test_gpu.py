@@ -63,14 +63,15 @@ def test_training_equals_the_cpus(checkpoint, sentences, variant):
 
 @pytest.mark.parametrize("variant", ["crosslora", "lora", "molora-topk", None])
 def test_recorded_steps_give_what_the_cpu_gives(checkpoint, variant):
-    """Rows of different prompts and limits that take over places and leave them, steps recorded several times."""
+    """Rows of different prompts and limits that take over places and leave them, steps recorded several times, or called one by one with experts in blocks."""
     lm = backbone.load(checkpoint)
     adapter = None if variant is None else randomise(CrossLoRA(lm.cfg, list(LANGUAGES), rank=4, alpha=8, variant=variant))
     make = lambda: iter([Row(i, list(range(5, 6 + 7 * (i % 5))), *(("de", "zh"), ("en", "is"), ("ru", "en"))[i % 3], 1 + (11 * i) % 83) for i in range(120)])
     on_cpu = {row.key: row.out for row in decode(lm, adapter, torch.float32, make(), (), 8)}
     on_gpu = backbone.load(checkpoint, GPU)
-    rows = list(decode(on_gpu, adapter and adapter.to(GPU), torch.float32, make(), (), 80))
-    assert {row.key: row.out for row in rows} == on_cpu and len(on_cpu) == 120
+    for record in (True, False):
+        rows = list(decode(on_gpu, adapter and adapter.to(GPU), torch.float32, make(), (), 80, record))
+        assert {row.key: row.out for row in rows} == on_cpu and len(on_cpu) == 120
 
 
 def test_recorded_steps_in_bf16_are_the_steps(checkpoint, monkeypatch):
