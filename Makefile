@@ -1,7 +1,7 @@
 # The map of the method. Every target prints the commands it runs, and running it again continues where it stopped.
 #
 #   make tiny     the whole pipeline on a toy world of six languages, CPU, minutes
-#   make compare  every adapter that the paper compares on that world, three seeds, CPU, under an hour -> docs/results.md
+#   make compare  every adapter that the paper compares on that world, three seeds, CPU, 10 to 30 minutes -> docs/results.md
 #   make test     the tests
 #   make paper    the same chain with the paper's values, two 80 GB GPUs (MODEL=..., CORPORA=..., SOURCE=... to change)
 
