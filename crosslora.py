@@ -126,7 +126,7 @@ class RoutedLowRank:
     """As PerRow for MoLoRA (top-k): every token picks its experts, x (B, T, D_in) -> (B, T, D_out), the same for all rows."""
 
     def __init__(self, A, B, router, top_k, scale, dropout):
-        self.A, self.B, self.router = A, B, router  # (n, R, D_in), (n, R, D_out), fp32 (n, D_in)
+        self.A, self.B, self.router = A, B, router  # (n, R, D_in), (n*R, D_out), fp32 (n, D_in)
         self.top_k, self.scale, self.dropout, self.gates = top_k, scale, dropout, None
 
     def __call__(self, projection, x):
@@ -136,7 +136,7 @@ class RoutedLowRank:
         h = F.dropout(x, self.dropout, training=self.dropout > 0)
         h = F.linear(h, self.A.flatten(0, 1)).unflatten(-1, self.A.shape[:2])  # (B, T, n*R) -> (B, T, n, R)
         h = (h * self.gates.to(x.dtype)[..., None] * self.scale).flatten(2)  # (B, T, n, R) -> (B, T, n*R)
-        return projection(x) + h @ self.B.flatten(0, 1)  # eq. 3: sum over experts; B: (n, R, D_out) -> (n*R, D_out)
+        return projection(x) + h @ self.B  # eq. 3: sum over experts: (B, T, n*R) x (n*R, D_out) -> (B, T, D_out)
 
 
 class Bank(nn.Module):
@@ -210,8 +210,8 @@ class CrossLoRA(nn.Module):
         """
         scale, p, last = self.alpha / self.rank, self.dropout if dropout else 0.0, last or counts
         if self.learned:
-            every = lambda experts: torch.stack(list(experts)).to(dtype)  # (n, M, N)
-            return [*self._each_bank(lambda bank: RoutedLowRank(every(bank.lora_A.values()), every(B.t() for B in bank.lora_B.values()), bank.router, self.top_k, scale, p))]
+            every = lambda bank: (torch.stack([*bank.lora_A.values()]).to(dtype), StackedTransposes.apply(*bank.lora_B.values()).to(dtype))  # (n, R, D_in), (n*R, D_out)
+            return [*self._each_bank(lambda bank: RoutedLowRank(*every(bank), bank.router, self.top_k, scale, p))]
         routes = [self.route(s, t) for s, t in zip(src_langs, tgt_langs, strict=True)]
         if together or together is None and counts is not None and next(self.parameters()).is_cuda:
             present = None if stacked else [sorted(set(side)) for side in zip(*routes)]

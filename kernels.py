@@ -108,7 +108,7 @@ class FrozenLinear(torch.autograd.Function):
 
 def linear(x, weight, bias=None):
     """F.linear(x, weight, bias), weight plain or Packed."""
-    return (FrozenLinear.apply if isinstance(weight, Packed) and torch.is_grad_enabled() else product)(x, weight, bias)
+    return FrozenLinear.apply(x, weight, bias) if isinstance(weight, Packed) and torch.is_grad_enabled() else product(x, weight, bias)
 
 
 def kept(x, p):

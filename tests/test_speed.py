@@ -254,6 +254,22 @@ def test_norm_is_torchs_with_its_gradient(size):
     assert torch.allclose(trained.grad, wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype, close", [(torch.float32, 1e-5), (torch.float64, 1e-12), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize("tokens", [1, 7, 300])
+def test_linear_is_a_product_and_a_sum(tokens, dtype, close):
+    """Value and gradient, for a frozen weight and for one that learns."""
+    torch.manual_seed(0)
+    tensors = {name: torch.randn(shape, dtype=dtype) for name, shape in dict(x=(2, tokens, 24), weight=(40, 24), bias=(40,)).items()}
+    for bias, learns in itertools.product((False, True), (("x",), ("x", "weight"))):
+        given = {k: v.detach().requires_grad_(k in learns) for k, v in tensors.items() if k != "bias" or bias}
+        leaves = [given[k] for k in learns]
+        y, plain = linear(**given), given["x"] @ given["weight"].t() + given.get("bias", 0)
+        assert y.shape == plain.shape and torch.allclose(y, plain, atol=close, rtol=close)
+        grad = torch.randn_like(plain)
+        for mine, theirs in zip(*(torch.autograd.grad(out, leaves, grad) for out in (y, plain)), strict=True):
+            assert torch.allclose(mine, theirs, atol=10 * close, rtol=10 * close)
+
+
 @pytest.mark.skipif(not kernels.ONEDNN or not torch.backends.mkl.is_available(), reason="torch was built without oneDNN or MKL, or not for x86")
 @pytest.mark.parametrize("library", ["MKL", "oneDNN"])
 @pytest.mark.parametrize("threads", [(1, 1), (1, 2), (2, 1)])
