@@ -54,7 +54,8 @@ class Baseline:
         revision = None if Path(name).is_dir() else hub_snapshot(str(name), ["config.json"])[1]  # says in one line what is wrong
         name = str(name).partition("@")[0] if revision else str(name)
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, **({"padding_side": "left"} if self.system.prompt else {}))
+            side = {"padding_side": "left"} if self.system.prompt else {}
+            self.tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, **side)
             kind = AutoModelForCausalLM if self.system.prompt else AutoModelForSeq2SeqLM
             self.model = kind.from_pretrained(name, revision=revision, dtype=self.dtype).to(self.device).eval()
         except Exception as error:  # of the hub, a missing file or a wrong architecture
@@ -67,7 +68,8 @@ class Baseline:
             except KeyError as missing:
                 raise UserError(f"{name}: its tokenizer has no {missing}; it is no checkpoint of {system}") from None
         self.languages = list(LANGUAGES)
-        self.identity = {"system": system, "model": name, "revision": revision, "beams": self.system.beams, "dtype": str(self.dtype).removeprefix("torch.")}
+        self.identity = {"system": system, "model": name, "revision": revision, "beams": self.system.beams,
+                         "dtype": str(self.dtype).removeprefix("torch.")}
 
     def language_token(self, lang):
         """Id of a language's token. Raises KeyError if the tokenizer has none."""
@@ -133,7 +135,8 @@ def translate_via_english(engine, rows, out, batch_size, max_new_tokens, ranks, 
     first = {(row["src_lang"], row["src"]): {**row, "tgt_lang": PIVOT} for row, hops in zip(rows, two_hops) if hops}
     english = translate_jsonl(engine, list(first.values()), out.with_name(f"{out.stem}.to_english.jsonl"), *work)
     pivot = {(row["src_lang"], row["src"]): row for row in english}
-    second = [{**row, "src_lang": PIVOT, "src": pivot[row["src_lang"], row["src"]]["hyp"]} if hops else row for row, hops in zip(rows, two_hops)]
+    from_english = lambda row: {**row, "src_lang": PIVOT, "src": pivot[row["src_lang"], row["src"]]["hyp"]}
+    second = [from_english(row) if hops else row for row, hops in zip(rows, two_hops)]
     done = translate_jsonl(engine, second, out.with_name(f"{out.stem}.from_english.jsonl"), *work)
     result = []
     for row, last, hops in zip(rows, done, two_hops):

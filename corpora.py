@@ -160,7 +160,8 @@ def opus_parquet(repository, pair, targets):
 def flores_plus(repository, _, targets):
     """(commit, {path: sentences}) of FLORES+ files: parquet or JSON lines, a file a language and split."""
     stems = {path: f"{path.parent.name}/{FLORES_PLUS.get(path.stem, path.stem)}" for path in targets}
-    folder, commit = hub_snapshot(repository, [f"{stem}.{kind}" for stem in stems.values() for kind in ("parquet", "jsonl")], repo_type="dataset")
+    patterns = [f"{stem}.{kind}" for stem in stems.values() for kind in ("parquet", "jsonl")]
+    folder, commit = hub_snapshot(repository, patterns, repo_type="dataset")
     columns = {}
     for path, stem in stems.items():
         json_lines = folder / f"{stem}.jsonl"

@@ -4,12 +4,11 @@
     python crosslora.py --counts                                                           # Table 3's last column
 
 Every adapted projection holds a bank of A matrices (R x D_in) and a bank of B matrices (D_out x R). A router turns a
-sequence's (source, target) into one expert of each bank; only MoLoRA (top-k) learns it, from each token. B batch rows,
-T tokens, N of them in all rows, R rank, n experts of A (m of B) present, or of a learned router.
+sequence's (source, target) into one expert of each bank; only MoLoRA (top-k) learns it, from each token. How the chosen ones
+meet their tokens is in experts.py. B batch rows, N tokens of all rows, R rank, n experts of A and m of B present.
 """
 
 import argparse
-import itertools
 import json
 import math
 import os
@@ -17,13 +16,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from experts import EveryExpert, LowRank, PerRow, RoutedLowRank, StackedTransposes, blocks, runs
 from files import UserError, read_json, run_main, write_atomic
-from kernels import MKL, Adapted, StackedTransposes, blocks, kept
 
 TARGET_MODULES = ("gate_proj", "up_proj", "down_proj")  # section A.1
 GROUPS = "en,de,is/cs,ru/zh"  # Table 4
@@ -38,7 +36,7 @@ ROUTES = {  # sections 4.3 and 5.2: (source, target) -> names of the experts of 
     "crosslora": crosslora_route,
     "lora": lambda src_lang, tgt_lang: ("all", "all"),  # rank and alpha times the number of languages: as many parameters
     "molora-static": lambda src_lang, tgt_lang: (f"{src_lang}-{tgt_lang}",) * 2,
-    "molora-topk": None,  # learned, see RoutedLowRank
+    "molora-topk": None,  # learned, see experts.RoutedLowRank
     "shared-source": lambda src_lang, tgt_lang: ("all", tgt_lang),
     "shared-target": lambda src_lang, tgt_lang: (src_lang, "all"),
     "groups": crosslora_route,  # between groups of languages
@@ -53,92 +51,6 @@ def parse_groups(text, languages):
     return {code: "+".join(group) for group in groups for code in group}
 
 
-def runs(names, counts):
-    """(names, numbers of tokens) of rows of `counts` tokens one after another, neighbours of one name taken together."""
-    found = [(name, sum(count for _, count in run)) for name, run in itertools.groupby(zip(names, counts), key=lambda row: row[0])]
-    return tuple(zip(*found))
-
-
-class PerRow:
-    """One projection with the update, each row on its own experts: x (..., D_in) -> (..., D_out), the rows one after another. a, b: runs() of
-    experts of A and B; in place of the rows' tokens they may count rows of equal length."""
-
-    def __init__(self, bank, a, b, scale, dropout, dtype):
-        self.bank, self.a, self.b, self.scale, self.dropout, self.dtype = bank, a, b, scale, dropout, dtype
-
-    def __call__(self, projection, x):
-        (a, a_counts), (b, b_counts) = self.a, self.b
-        experts = [self.bank.lora_A[name].to(self.dtype) for name in a] + [self.bank.lora_B[name].to(self.dtype) for name in b]
-        flat = x.flatten(0, -2)  # (..., D_in) -> (N, D_in)
-        sizes = ([count * len(flat) // sum(counts) for count in counts] for counts in (a_counts, b_counts))
-        mask = kept(flat, self.dropout) if self.dropout > 0 else None
-        y = Adapted.apply(flat, projection.weight, projection.bias, mask, self.scale / (1 - self.dropout), *sizes, *experts)
-        return y.view(*x.shape[:-1], -1)  # (N, D_out) -> (..., D_out)
-
-
-class LowRank:
-    """As PerRow for decoding, where a token is a row, x (1, N, D_in) -> (1, N, D_out): rows of one expert are put together in blocks of s,
-    so that an expert is read once a block and not once a row.
-
-    A (a, R, D_in), B (b, R, D_out): a block's expert. moves: three row indices (None: as they stand), from rows into A's blocks, across to B's,
-    and back; see kernels.blocks.
-    """
-
-    def __init__(self, bank, names, moves, scale, dtype, before):
-        """names: the experts of A's and of B's blocks. before: the LowRank of other rows, whose memory this one takes over, or None."""
-        had, held = (before.names, before.held) if before else (((), ()), (None, None))
-        self.names, self.moves, self.scale = names, moves, scale
-        self.held = [gather(*side, dtype) for side in zip((lambda name: bank.lora_A[name], lambda name: bank.lora_B[name].t()), names, had, held)]
-        self.A, self.B = (memory[: len(some)] for memory, some in zip(self.held, names))
-
-    def __call__(self, projection, x):
-        move = lambda x, rows: x if rows is None else x.index_select(0, rows)
-        into, across, back = self.moves
-        h = move(x[0], into).view(len(self.A), -1, x.shape[-1])  # (N, D_in) -> (a*s, D_in) -> (a, s, D_in)
-        h = torch.bmm(h, self.A.mT) if h.shape[1] > 1 or MKL else torch.bmm(self.A, h.mT).mT  # A_src x: (a, s, D_in) x (a, D_in, R) -> (a, s, R); A x for s = 1 takes twice as long on an Intel Xeon, half to four fifths on an AMD EPYC
-        h = move(h.flatten(0, 1), across).view(len(self.B), -1, h.shape[-1])  # (a*s, R) -> (b*s, R) -> (b, s, R), s now of B's blocks
-        if back is not None:  # eq. 4: (b, s, R) x (b, R, D_out) -> (b*s, D_out) -> (N, D_out), added to (1, N, D_out)
-            return projection(x).add_(torch.bmm(h * self.scale, self.B).flatten(0, 1).index_select(0, back))
-        y = projection(x).view(len(self.B), -1, self.B.shape[-1])  # (1, N, D_out) -> (b, s, D_out)
-        y = y[0].addmm_(h[0], self.B[0], alpha=self.scale) if len(self.B) == 1 else y.baddbmm_(h, self.B, alpha=self.scale)  # eq. 4: (b, s, R) x (b, R, D_out); where b = 1 bmm may take one thread
-        return y.view(x.shape[:2] + y.shape[-1:])  # (b, s, D_out) -> (1, N, D_out)
-
-
-class EveryExpert:
-    """As PerRow on a GPU, for tokens of any rows: all experts present meet all tokens, and each token keeps its own. A GPU reads x as fast
-    for a hundred columns as for sixteen, and a launch for every expert would cost more.
-
-    A (n*R + R, D_in): all A's and an expert of zeros, B (m*R, D_out): all B's transposes, one below the other. own (N, m*R): for every row of B the
-    column of A's output to take: for the token's own B_tgt its A_src x, for the others zeros.
-    """
-
-    def __init__(self, A, B, own, scale, dropout):
-        self.A, self.B, self.own, self.scale, self.dropout = A, B, own, scale, dropout
-
-    def __call__(self, projection, x):
-        flat = x.flatten(0, -2)  # (..., D_in) -> (N, D_in)
-        h = F.linear(F.dropout(flat, self.dropout, training=self.dropout > 0), self.A).gather(1, self.own)  # (N, D_in) x (D_in, n*R + R) -> (N, n*R + R) -> (N, m*R)
-        y = projection(flat).addmm_(h, self.B, alpha=self.scale)  # eqs. 1, 4: (N, m*R) x (m*R, D_out)
-        return y.view(*x.shape[:-1], -1)  # (N, D_out) -> (..., D_out)
-
-
-class RoutedLowRank:
-    """As PerRow for MoLoRA (top-k): every token picks its experts, x (B, T, D_in) -> (B, T, D_out), the same for all rows."""
-
-    def __init__(self, A, B, router, top_k, scale, dropout):
-        self.A, self.B, self.router = A, B, router  # (n, R, D_in), (n*R, D_out), fp32 (n, D_in)
-        self.top_k, self.scale, self.dropout, self.gates = top_k, scale, dropout, None
-
-    def __call__(self, projection, x):
-        scores = F.linear(x.float(), self.router).softmax(dim=-1)  # eq. 2: (B, T, D_in) -> (B, T, n)
-        weights, chosen = scores.topk(self.top_k, dim=-1)  # (B, T, k)
-        self.gates = torch.zeros_like(scores).scatter(-1, chosen, weights)  # s_i of the chosen, 0 for the others
-        h = F.dropout(x, self.dropout, training=self.dropout > 0)
-        h = F.linear(h, self.A.flatten(0, 1)).unflatten(-1, self.A.shape[:2])  # (B, T, n*R) -> (B, T, n, R)
-        h = (h * self.gates.to(x.dtype)[..., None] * self.scale).flatten(2)  # (B, T, n, R) -> (B, T, n*R)
-        return projection(x) + h @ self.B  # eq. 3: sum over experts: (B, T, n*R) x (n*R, D_out) -> (B, T, D_out)
-
-
 class Bank(nn.Module):
     """The experts of one projection, each its own Parameter: an expert that no sequence of a step uses has no
     gradient at all, so the optimizer passes it over, moments and weight decay included (section 3.2, "frozen").
@@ -147,23 +59,13 @@ class Bank(nn.Module):
     def __init__(self, d_in, d_out, rank, a_experts, b_experts, learned):
         super().__init__()
         self.lora_A = nn.ParameterDict({name: nn.Parameter(torch.empty(rank, d_in)) for name in a_experts})
-        self.lora_B = nn.ParameterDict({name: nn.Parameter(torch.zeros(rank, d_out).t()) for name in b_experts})  # in memory (R, D_out): products out of a rank take half the time, and gradients come so
+        # In memory (R, D_out): products out of a rank take half the time, and gradients come so.
+        self.lora_B = nn.ParameterDict({name: nn.Parameter(torch.zeros(rank, d_out).t()) for name in b_experts})
         for A in self.lora_A.values():
             nn.init.kaiming_uniform_(A, a=math.sqrt(5))  # as LoRA's authors and peft do; B = 0, so the start is the backbone
         self.router = nn.Parameter(torch.empty(len(a_experts), d_in)) if learned else None  # W^MoL of eq. 2
         if learned:
             nn.init.kaiming_uniform_(self.router, a=math.sqrt(5))  # not 0: equal scores would send all tokens to one expert
-
-
-def gather(expert, names, had, held, dtype):
-    """expert(name), (M, N), of each of `names`, one a block, in the first places of `held` or, where it is too small, of new memory: (blocks or more, M, N).
-    had: the experts that lie in `held`; one at its place already is not copied, since a copy costs as much as the reading of many steps."""
-    if held is None or len(held) < len(names):
-        had, held = (), expert(names[0]).new_empty(len(names) * 5 // 4, *expert(names[0]).shape, dtype=dtype)  # the next rows may need some more
-    for i, name in enumerate(names):
-        if had[i : i + 1] != (name,):
-            held[i] = expert(name).detach()
-    return held
 
 
 class CrossLoRA(nn.Module):
@@ -202,16 +104,18 @@ class CrossLoRA(nn.Module):
         return ROUTES[self.variant](self.group[src_lang], self.group[tgt_lang])
 
     def forward(self, src_langs, tgt_langs, dtype=torch.float32, dropout=False, counts=None, last=None, together=None, stacked=None):
-        """The experts of each row: over layers {projection: PerRow, EveryExpert or RoutedLowRank}, a list, or of EveryExpert a generator, good for one pass.
+        """The experts of each row: over layers {projection: PerRow, EveryExpert or RoutedLowRank}, a list, or of EveryExpert a generator,
+        good for one pass. Gradients reach the experts present and no others.
 
-        src_langs, tgt_langs: B language codes. dtype: that of the backbone's activations. Gradients reach the experts present and no others. counts: how many tokens
-        of each row stand one after another, and last: how many of them in the last layer, if not all; without counts the rows are of one length, whatever it is.
-        together: EveryExpert, which needs counts; default: on a GPU, with counts. stacked: stacked(dtype), if that is at hand.
+        src_langs, tgt_langs: B language codes. dtype: that of the backbone's activations. counts: how many tokens of each row stand one
+        after another, default: equally many, and last: how many of them in the last layer, if not all. together: EveryExpert, which
+        needs counts; default: on a GPU, with counts. stacked: stacked(dtype), if that is at hand.
         """
         scale, p, last = self.alpha / self.rank, self.dropout if dropout else 0.0, last or counts
         if self.learned:
-            every = lambda bank: (torch.stack([*bank.lora_A.values()]).to(dtype), StackedTransposes.apply(*bank.lora_B.values()).to(dtype))  # (n, R, D_in), (n*R, D_out)
-            return [*self._each_bank(lambda bank: RoutedLowRank(*every(bank), bank.router, self.top_k, scale, p))]
+            every_A = lambda bank: torch.stack([*bank.lora_A.values()]).to(dtype)  # (n, R, D_in)
+            every_B = lambda bank: StackedTransposes.apply(*bank.lora_B.values()).to(dtype)  # (n*R, D_out)
+            return [*self._each_bank(lambda bank: RoutedLowRank(every_A(bank), every_B(bank), bank.router, self.top_k, scale, p))]
         routes = [self.route(s, t) for s, t in zip(src_langs, tgt_langs, strict=True)]
         if together or together is None and counts is not None and next(self.parameters()).is_cuda:
             present = None if stacked else [sorted(set(side)) for side in zip(*routes)]
@@ -223,34 +127,40 @@ class CrossLoRA(nn.Module):
                 *self._each_bank(lambda bank: PerRow(bank, *there, scale, p, dtype), [end])]
 
     def grouped(self, src_langs, tgt_langs, dtype=torch.float32, before=None):
-        """As forward, for decoding, without dropout and derivatives: a list over layers of {projection: LowRank}. before: the list it gave for
-        other rows. It is emptied: its memory is used again, and an expert that is at its place already is not copied again."""
+        """As forward, for decoding, without dropout and derivatives: a list over layers of {projection: LowRank}. before: the list it
+        gave for other rows. It is emptied: its memory is used again, and an expert that is at its place already is not copied again."""
         if self.learned:
             return self(src_langs, tgt_langs, dtype)
         routes = [self.route(s, t) for s, t in zip(src_langs, tgt_langs, strict=True)]
         (a_names, a_rows, a_places), (b_names, b_rows, b_places) = map(blocks, zip(*routes))
-        moves = [None if rows == list(range(len(routes))) else torch.tensor(rows, device=next(self.parameters()).device) for rows in (a_rows, [a_places[row] for row in b_rows], b_places)]
-        return [{name: LowRank(bank, (a_names, b_names), moves, self.alpha / self.rank, dtype, before and before[i].pop(name)) for name, bank in layer.items()}
-                for i, layer in enumerate(self.layers)]
+        as_they_stand, device = list(range(len(routes))), next(self.parameters()).device
+        moves = a_rows, [a_places[row] for row in b_rows], b_places
+        moves = [None if rows == as_they_stand else torch.tensor(rows, device=device) for rows in moves]
+        update = lambda bank, old: LowRank(bank, (a_names, b_names), moves, self.alpha / self.rank, dtype, old)
+        return [{name: update(bank, before and before[i].pop(name)) for name, bank in layer.items()} for i, layer in enumerate(self.layers)]
 
     def stacked(self, dtype, experts=None):
-        """Experts as EveryExpert takes them, `experts` of A and B or all, for every layer {projection: (A, B)}, made as they are asked for, so that a GPU has the layers before to compute."""
+        """Experts as EveryExpert takes them, `experts` of A and B or all: for every layer {projection: (A, B)}, a generator, so that
+        a GPU has the layers before to compute."""
         a, b = experts or self.experts
-        every_A = lambda bank: torch.cat([*(bank.lora_A[name] for name in a), torch.zeros_like(bank.lora_A[a[0]])]).to(dtype)  # (n*R + R, D_in)
+        zeros = lambda bank: torch.zeros_like(bank.lora_A[a[0]])
+        every_A = lambda bank: torch.cat([*(bank.lora_A[name] for name in a), zeros(bank)]).to(dtype)  # (n*R + R, D_in)
         every_B = lambda bank: StackedTransposes.apply(*(bank.lora_B[name] for name in b)).to(dtype)  # (m*R, D_out)
         return self._each_bank(lambda bank: (every_A(bank), every_B(bank)))
 
     def places(self, src_langs, tgt_langs, counts, experts=None):
         """EveryExpert's `own` for rows of `counts` tokens one after another, among `experts` or all."""
         R, (a, b) = self.expert_rank, experts or self.experts
-        routes, device = [self.route(s, t) for s, t in zip(src_langs, tgt_langs, strict=True)], next(self.parameters()).device
-        src, tgt = (torch.tensor([names.index(route[i]) for route in routes]).repeat_interleave(torch.tensor(counts))[:, None] for i, names in enumerate((a, b)))  # (N, 1)
+        routes = [self.route(s, t) for s, t in zip(src_langs, tgt_langs, strict=True)]
+        at = torch.tensor([(a.index(A), b.index(B)) for A, B in routes]).repeat_interleave(torch.tensor(counts), dim=0)  # (B, 2) -> (N, 2)
+        src, tgt = at.split(1, dim=1)  # (N, 1)
         column = torch.arange(len(b) * R)
-        return torch.where(column // R == tgt, src * R, len(a) * R).add_(column % R).to(device)
+        return torch.where(column // R == tgt, src * R, len(a) * R).add_(column % R).to(next(self.parameters()).device)
 
     def by_token(self, stacked, own, dropout=False):
         """As forward, a generator, from what stacked() gives and what places() gives for each layer."""
-        return ({name: EveryExpert(*experts, mine, self.alpha / self.rank, self.dropout if dropout else 0.0) for name, experts in layer.items()} for layer, mine in zip(stacked, own))
+        scale, p = self.alpha / self.rank, self.dropout if dropout else 0.0
+        return ({name: EveryExpert(*experts, mine, scale, p) for name, experts in layer.items()} for layer, mine in zip(stacked, own))
 
     def _each_bank(self, update, layers=None):
         return ({name: update(bank) for name, bank in layer.items()} for layer in (self.layers if layers is None else layers))
@@ -315,7 +225,8 @@ def load_adapter(folder, cfg, fingerprint, tokenizer_sha256=None):
     adapter = described(description, cfg)
     tensors = read_tensors(path)
     expected = {name: tuple(p.shape) for name, p in adapter.state_dict().items()}
-    wrong = [f"{n} is missing" for n in expected if n not in tensors] + [f"{n} is not in this adapter" for n in tensors if n not in expected]
+    wrong = [f"{n} is missing" for n in expected if n not in tensors]
+    wrong += [f"{n} is not in this adapter" for n in tensors if n not in expected]
     wrong += [f"{n} is {tuple(t.shape)}, not {expected[n]}" for n, t in tensors.items() if n in expected and tuple(t.shape) != expected[n]]
     if wrong:
         raise UserError(f"{path}: {len(wrong)} tensors do not fit: " + "; ".join(wrong[:8]))
@@ -335,7 +246,7 @@ def export_peft(folder, src_lang, tgt_lang, out):
         raise UserError(f"--src and --tgt are both {src_lang}")
     if description["variant"] == "molora-topk":
         raise UserError(f"{folder}: a learned router is not one LoRA; only adapters with a static router can be exported")
-    adapter = described(description, SimpleNamespace(hidden_size=1, intermediate_size=1, num_hidden_layers=0))  # its routes and ranks; the tensors are read below
+    adapter = described(description, SimpleNamespace(hidden_size=1, intermediate_size=1, num_hidden_layers=0))  # its routes and ranks
     a, b = adapter.route(src_lang, tgt_lang)
     pinned = description["backbone"]  # as files.resolve names it
     repository, revision = pinned.split("@", 1) if "@" in pinned and not Path(pinned).is_absolute() else (pinned, None)
@@ -347,8 +258,9 @@ def export_peft(folder, src_lang, tgt_lang, out):
     out.mkdir(parents=True, exist_ok=True)
     save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": repository, "revision": revision,
-              "r": adapter.expert_rank, "lora_alpha": description["alpha"] * adapter.expert_rank / description["rank"], "lora_dropout": description["dropout"],
-              "target_modules": description["target_modules"], "bias": "none", "fan_in_fan_out": False, "inference_mode": True}
+              "r": adapter.expert_rank, "lora_alpha": description["alpha"] * adapter.expert_rank / description["rank"],
+              "lora_dropout": description["dropout"], "target_modules": description["target_modules"], "bias": "none",
+              "fan_in_fan_out": False, "inference_mode": True}
     write_atomic(out / "adapter_config.json", json.dumps(config, indent=2) + "\n")
 
 

@@ -180,8 +180,9 @@ def target_count(example):
 
 
 def concatenate(examples, copies):
-    """Examples one after another, without pads: tokens (1, T), each row `copies` times; labels (N,), all target tokens, the end of turn
-    included, while prompts are never trained on; where those before them stand in each copy, (N, copies), indices into T; the lengths of all rows."""
+    """Examples one after another, without pads: tokens (1, T), each row `copies` times; labels (N,), all target tokens, the end of
+    turn included, while prompts are never trained on; where the tokens before them stand in each copy, (N, copies), indices into T;
+    the lengths of all rows."""
     lengths = [len(e.ids) - 1 for e in examples for _ in range(copies)]
     tokens = np.concatenate([e.ids[:-1] for e in examples for _ in range(copies)])[None]
     labels = np.concatenate([e.ids[e.prompt_length :] for e in examples])
@@ -247,7 +248,8 @@ def prepare(root, languages, train_pairs=20000, dev_pairs=2000, test_pairs=2000,
     for src_lang, tgt_lang in all_directions(languages):
         s, t = languages.index(src_lang), languages.index(tgt_lang)
         name = "stage1.train" if PIVOT in (src_lang, tgt_lang) else "stage2.flores"
-        rows = {split: [pair_row(src_lang, tgt_lang, row[s], row[t], "flores-200") for row in flores[split] if row[s] and row[t]] for split in flores}
+        rows = {split: [pair_row(src_lang, tgt_lang, row[s], row[t], "flores-200") for row in every if row[s] and row[t]]
+                for split, every in flores.items()}
         files[name] += rows["dev"]
         if PIVOT not in (src_lang, tgt_lang):
             files["test"] += rows["devtest"][:test_pairs]
@@ -280,15 +282,18 @@ def read_stage_data(args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="corpora", help="folder of the corpora, laid out as published (see corpora.py)")
-    parser.add_argument("--source", default="folder", choices=["folder", "publisher", "hub"], help="where what --data lacks is fetched from: nowhere, the publishers' archives, or the Hugging Face hub")
+    parser.add_argument("--source", default="folder", choices=["folder", "publisher", "hub"],
+                        help="where what --data lacks is fetched from: nowhere, the publishers' archives, or the Hugging Face hub")
     parser.add_argument("--out", required=True, help="folder for the JSONL files and manifest.json")
     parser.add_argument("--languages", default=",".join(LANGUAGES), help="codes, in the order of the experts (section 4.1)")
     parser.add_argument("--train-pairs", type=int, default=20000, help="OPUS-100 pairs a direction for Stage 1 (section 4.1)")
     parser.add_argument("--dev-pairs", type=int, default=2000, help="dev pairs a direction (Table 5)")
     parser.add_argument("--test-pairs", type=int, default=2000, help="test pairs a direction at most (Table 5; FLORES-200 has 1,012)")
     parser.add_argument("--pivot-pairs", type=int, default=100000, help="sentences a language set aside for pivot.py, at most")
-    parser.add_argument("--drop", default=",".join(NOISE), help="kinds of noise that leave OPUS-100's training pairs, or none; all are counted")
-    parser.add_argument("--max-ratio", type=float, default=5.0, help="length ratio that is noise; 4 of 95,841 human pairs of WMT and Tatoeba exceed 5")
+    parser.add_argument("--drop", default=",".join(NOISE),
+                        help="kinds of noise that leave OPUS-100's training pairs, or none; all are counted")
+    parser.add_argument("--max-ratio", type=float, default=5.0,
+                        help="length ratio that is noise; 4 of 95,841 human pairs of WMT and Tatoeba exceed 5")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.languages = ",".join(languages := parse_languages(args.languages))
@@ -307,7 +312,8 @@ def main():
     inputs = [file for files in all_files(args.data, *wanted).values() for file in files]
     for file in inputs:
         if not file.exists():
-            raise UserError(f"{file}: no such file; --data takes OPUS-100 and FLORES-200 as published, --source publisher or hub fetches them")
+            raise UserError(f"{file}: no such file; --data takes OPUS-100 and FLORES-200 as published, "
+                            "--source publisher or hub fetches them")
     files, report = prepare(args.data, languages, args.train_pairs, args.dev_pairs, args.test_pairs, args.pivot_pairs, args.drop,
                             args.max_ratio, args.seed)
     manifest, lock = {"settings": config, "sources": sources(args.data), "corpora": report, "files": {}}, claim(out, config)

@@ -29,8 +29,8 @@ def init_distributed(device):
         cuda = device != "cpu" and torch.cuda.is_available()
         if cuda:
             local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-            if local > torch.cuda.device_count():
-                raise UserError(f"{local} processes but {torch.cuda.device_count()} GPUs here; start as many as there are, or pass --device cpu")
+            if local > (gpus := torch.cuda.device_count()):
+                raise UserError(f"{local} processes but {gpus} GPUs here; start as many as there are, or pass --device cpu")
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if cuda else "gloo")
         atexit.register(dist.destroy_process_group)
@@ -66,7 +66,8 @@ def device_and_dtype(device, dtype="auto"):
 
 def add_device_arguments(parser):
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
-    parser.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float32"], help="of the backbone; auto: bfloat16 on a GPU, float32 on a CPU")
+    parser.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float32"],
+                        help="of the backbone; auto: bfloat16 on a GPU, float32 on a CPU")
 
 
 def sum_over_ranks(values, ranks, device):
@@ -79,9 +80,9 @@ def sum_over_ranks(values, ranks, device):
 
 
 class Recorded:
-    """function(*tensors) -> tensor as a CUDA graph: recorded once, then its kernels start without Python, which for a few tokens
-    takes longer than they do. Shapes stay what they were, as does all memory that the function finds for itself; the result is overwritten by the next call.
-    `first` is the result for the inputs at the beginning."""
+    """function(*tensors) -> tensor as a CUDA graph: recorded once, then its kernels start without Python, which for a few tokens takes
+    longer than they do. Shapes stay what they were, as does all memory that the function finds for itself; the result is overwritten
+    by the next call. `first` is the result for the inputs at the beginning."""
 
     def __init__(self, before, function, *inputs):
         """before: the last record or None; its stream is taken over, since libraries keep memory for every stream."""

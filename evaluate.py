@@ -35,7 +35,8 @@ def choose(rows, source, wanted):
         directions = [tuple(text.strip().split("-")) for text in wanted.split(",")]
         for pair in directions:
             if len(pair) != 2 or pair[0] == pair[1] or not set(pair) <= set(LANGUAGES):
-                raise UserError(f"--directions: {'-'.join(pair)!r} is not a pair of known languages ({', '.join(LANGUAGES)}), such as de-zh")
+                known = ", ".join(LANGUAGES)
+                raise UserError(f"--directions: {'-'.join(pair)!r} is not a pair of known languages ({known}), such as de-zh")
     missing = ["-".join(pair) for pair in directions if pair not in by_direction]
     if missing:
         raise UserError(f"{source}: no pairs for {', '.join(missing)}")
@@ -55,7 +56,8 @@ def main():
     parser.add_argument("--compare", choices=["paper"], help="with --table: the paper's figures beside ours, Tables 8 and 9 too")
     parser.add_argument("--against", metavar="DIR", help="paired bootstrap of a finished --out folder against this one, and stop")
     parser.add_argument("--samples", type=int, default=1000, help="resamples of --against")
-    parser.add_argument("--curves", nargs="+", metavar="RUN", help="write --out, a PNG, with the training curves of these train.py runs, and stop")
+    parser.add_argument("--curves", nargs="+", metavar="RUN",
+                        help="write --out, a PNG, with the training curves of these train.py runs, and stop")
     add_engine_arguments(parser)
     add_system_argument(parser)
     args = parser.parse_args()
@@ -89,7 +91,8 @@ def main():
         engine = engine_of(args)
         strangers = sorted({lang for pair in rows for lang in pair} - set(engine.languages))
         if strangers:
-            raise UserError(f"{args.adapter or args.system or args.model}: no expert for {', '.join(strangers)}; it has {', '.join(engine.languages)}")
+            who, has = args.adapter or args.system or args.model, ", ".join(engine.languages)
+            raise UserError(f"{who}: no expert for {', '.join(strangers)}; it has {has}")
         via_english = args.via_english or engine.via_english
         config.update(engine.identity, max_new_tokens=args.max_new_tokens, via_english=via_english)
     identify = language_identifier(LANGUAGES)
@@ -132,7 +135,8 @@ def main():
     scores = save()
     heat_maps(directions, out / "heatmaps")
     print(direction_table(scores))
-    print(table_1({out.name: scores["averages"]}) + f"\n{out / 'hypotheses.jsonl'}, {out / 'scores.json'}, {out / 'table.md'}, {out / 'heatmaps'}")
+    print(table_1({out.name: scores["averages"]}))
+    print(", ".join(str(out / name) for name in ("hypotheses.jsonl", "scores.json", "table.md", "heatmaps")))
     lock.close()  # after COMET this frame, and with it the lock, was seen to outlive main in one process
 
 

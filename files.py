@@ -109,7 +109,7 @@ def claim(folder, config, write=True):
         if differ:
             more = f"; and {len(differ) - 3} more" if len(differ) > 3 else ""
             raise UserError(f"{folder}: holds a run with other settings ({'; '.join(differ[:3])}{more}); choose another --out or remove it")
-    elif folder.exists() and not folder.is_dir() or folder.is_dir() and any(not p.name.endswith((".tmp", ".lock")) for p in folder.iterdir()):
+    elif folder.exists() and (not folder.is_dir() or any(not p.name.endswith((".tmp", ".lock")) for p in folder.iterdir())):
         raise UserError(f"{folder}: not empty and not a run of this script; choose another --out")
     if not write:
         return None

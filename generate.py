@@ -4,7 +4,8 @@
     python generate.py --adapter runs/stage2/adapter --src de --tgt is < lines.txt
     python generate.py --adapter runs/stage2/adapter --input pairs.jsonl --output translated.jsonl
 
-Also the module by which pivot.py and evaluate.py translate. B rows in decoding, n whose prompts are read, T tokens of those, D hidden, V vocabulary.
+Also the module by which pivot.py and evaluate.py translate. B rows in decoding, n whose prompts are read, T tokens of those,
+D hidden, V vocabulary.
 """
 
 import argparse
@@ -21,11 +22,11 @@ import torch
 from tqdm import tqdm
 
 import model as backbone
+from attention import Rows
 from crosslora import load_adapter, read_description
 from data import FORMATS, LANGUAGES, Tokenizer, read_jsonl
 from devices import Recorded, add_device_arguments, device_and_dtype, init_distributed
 from files import UserError, at_least, check_output, file_sha256, resolve, run_main, write_jsonl
-from kernels import Rows
 
 PROMPTS = {"cpu": 2**10, "cuda": 2**14}  # tokens of prompts, copied ones too, in one pass: wide enough for the products, little memory
 SLOTS = {"cpu": 2**17, "cuda": 2**18}  # of the cache, all rows together: 16 GiB for 2**17 of Llama-3-8B in bf16
@@ -78,7 +79,8 @@ def load_engine(model, adapter, prompt_format="auto", device="auto", dtype="auto
     folder, _ = resolve(model)
     tokenizer = Tokenizer(folder, backbone.Config.load(folder), prompt_format)
     lm = backbone.load(folder, device, dtype)
-    identity = {"backbone": lm.fingerprint(), "adapter": None, "prompt_format": tokenizer.format, "dtype": str(dtype).removeprefix("torch.")}
+    identity = {"backbone": lm.fingerprint(), "adapter": None, "prompt_format": tokenizer.format,
+                "dtype": str(dtype).removeprefix("torch.")}
     lm.pack()
     if adapter is None:
         return Engine(lm, None, tokenizer, list(LANGUAGES), dtype, identity)
@@ -116,21 +118,24 @@ def decode(lm, adapter, dtype, queue, stop_ids, batch_size, record=None):
     fresh = list(range(len(rows)))  # places whose prompt was not read yet
     cache, token = backbone.KVCache(lm.cfg, len(rows), 0, device, dtype), torch.zeros(len(rows), dtype=torch.long, device=device)
     record = device.type == "cuda" if record is None else record
-    every = adapter((), (), dtype) if adapter is not None and adapter.learned else None  # for any rows; once, since a record keeps to its memory
+    every = adapter((), (), dtype) if adapter is not None and adapter.learned else None  # once, since a record keeps to its memory
     stacked = [*adapter.stacked(dtype)] if record and adapter is not None and every is None else None
     direction = lambda b: (rows[b].src_lang, rows[b].tgt_lang)
     languages = lambda places: zip(*map(direction, places))  # (src_langs, tgt_langs)
 
     def read(part, known):
-        """Prompts of the rows at places `part` go into the cache, first new tokens into `token`. known: {direction: place of a row of it whose prompt is there}."""
+        """Prompts of the rows at places `part` go into the cache, first new tokens into `token`.
+        known: {direction: place of a row of it whose prompt is there}."""
         at_rows = torch.tensor(part, device=device)
         like = [known.get(direction(b), b) for b in part]
-        had = [0 if a == b else len(os.path.commonprefix([rows[a].prompt, rows[b].prompt[:-1]])) for a, b in zip(like, part)]  # works on ids too
+        common = lambda a, b: len(os.path.commonprefix([rows[a].prompt, rows[b].prompt[:-1]]))  # works on ids too
+        had = [0 if a == b else common(a, b) for a, b in zip(like, part)]
         cache.copy(torch.tensor(like, device=device), at_rows, max(had))
         new = [rows[b].prompt[n:] for b, n in zip(part, had)]
         these = Rows.of([*map(len, new)], device, had, at_rows)
         lora = every or adapter and adapter(*languages(part), dtype, counts=these.lengths, last=[1] * len(part), stacked=stacked)
-        hidden = lm(torch.tensor([[*itertools.chain(*new)]], device=device), lora, these, cache, these.starts[None, 1:] - 1)  # (1, T) -> (1, n, D)
+        tokens = torch.tensor([[*itertools.chain(*new)]], device=device)  # (1, T)
+        hidden = lm(tokens, lora, these, cache, wanted=these.starts[None, 1:] - 1)  # (1, T) -> (1, n, D)
         token[at_rows] = lm.greedy(hidden[0])  # (n, D) -> (n,)
 
     def step(token, at, *own):
@@ -143,9 +148,12 @@ def decode(lm, adapter, dtype, queue, stop_ids, batch_size, record=None):
         if fresh:
             own = None  # out of date: the next step finds them anew, for all rows
             fresh.sort(key=lambda b: -len(rows[b].prompt))
-            cache.reserve(max(len(rows[b].prompt) + min(len(rows[b].prompt), rows[b].room) for b in fresh))  # an output is about as long: the cache moves seldom
-            known = {direction(b): b for b in set(range(len(rows))).difference(fresh) if not rows[b].finish}  # a step writes over slot 0 of ended ones
-            first = {direction(b): b for b in reversed(fresh) if direction(b) not in known}  # the longest of each direction is read whole, then the others
+            # An output is about as long as its prompt: so the cache moves seldom.
+            cache.reserve(max(len(rows[b].prompt) + min(len(rows[b].prompt), rows[b].room) for b in fresh))
+            others = sorted({*range(len(rows))}.difference(fresh))
+            known = {direction(b): b for b in others if not rows[b].finish}  # a step writes over slot 0 of ended ones
+            # The longest of each direction is read whole, then the others.
+            first = {direction(b): b for b in reversed(fresh) if direction(b) not in known}
             for some in first.values(), [b for b in fresh if first.get(direction(b)) != b]:
                 sums = itertools.accumulate(len(rows[b].prompt) for b in some)
                 for _, part in itertools.groupby(zip(some, sums), key=lambda x: x[1] // PROMPTS[device.type]):
@@ -159,7 +167,7 @@ def decode(lm, adapter, dtype, queue, stop_ids, batch_size, record=None):
             at = [0 if row.finish else len(row.prompt) + len(row.out) - 1 for row in rows]  # where each row's last token stands
             cache.reserve(max(at) + 1)
             at = torch.tensor(at, device=device)
-            if record and shape != cache.k[0].shape:  # no record yet, or for another cache: it moves as rows grow, and has fewer places as they end
+            if record and shape != cache.k[0].shape:  # no record yet, or for a cache that has moved since
                 recorded, shape = Recorded(recorded, step, token, at, *own), cache.k[0].shape
                 token = recorded.first
             else:
@@ -179,10 +187,12 @@ def decode(lm, adapter, dtype, queue, stop_ids, batch_size, record=None):
             fresh = free[: len(waiting)]
             for b, row in zip(fresh, waiting):
                 rows[b] = row
-            one_in = 5 if not record else 2 if len(rows) > 64 else 1  # so many places free, and finding the rows' experts anew pays, on a GPU recording too
+            # So many places must be free for finding the rows' experts anew to pay, on a GPU recording too.
+            one_in = 5 if not record else 2 if len(rows) > 64 else 1
             if not waiting and one_in * len(free) >= len(rows):
                 live = [b for b, row in enumerate(rows) if not row.finish]
-                keep = [live.pop() if row.finish else b for b, row in enumerate(rows[: len(live)])]  # the last fill the gaps (the slice comes before any pop), so that the others stay, with their experts
+                # The last fill the gaps, so that the others stay, with their experts (the slice comes before any pop).
+                keep = [live.pop() if row.finish else b for b, row in enumerate(rows[: len(live)])]
                 gaps = torch.tensor([b for b in free if b < len(keep)], dtype=torch.long, device=device)
                 cache.copy(torch.tensor(keep, dtype=torch.long, device=device)[gaps], gaps)
                 cache.each(lambda x: x[: len(keep)])
@@ -190,8 +200,8 @@ def decode(lm, adapter, dtype, queue, stop_ids, batch_size, record=None):
 
 
 def decoding_order(rows):
-    """Indices of `rows`, longest source first, so that rows in decoding are of similar length and none is left over at the end. Among sources of much the
-    same length a direction at a time: fewer experts are at work, and prompts have more in common."""
+    """Indices of `rows`, longest source first, so that rows in decoding are of similar length and none is left over at the end.
+    Among sources of much the same length a direction at a time: fewer experts are at work, and prompts have more in common."""
     return sorted(range(len(rows)), key=lambda i: (-(len(rows[i]["src"]) // 16), rows[i]["src_lang"], rows[i]["tgt_lang"]))
 
 
@@ -235,7 +245,8 @@ def translate_jsonl(engine, rows, out, batch_size, max_new_tokens, ranks, desc):
 
 
 def add_translation_arguments(parser):
-    parser.add_argument("--batch-size", type=int, default=128, help="sentences decoded together; in fp32 it does not change results. 512 is faster on a GPU of 80 GB")
+    parser.add_argument("--batch-size", type=int, default=128,
+                        help="sentences decoded together; in fp32 it does not change results. 512 is faster on a GPU of 80 GB")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="longer outputs are cut off and say so")
     add_device_arguments(parser)
 
@@ -244,7 +255,8 @@ def add_engine_arguments(parser):
     """Flags of every script that translates with load_engine()."""
     parser.add_argument("--model", help="backbone: checkpoint folder or hub name; default: the one the adapter was made for")
     parser.add_argument("--adapter", help="adapter folder that train.py wrote; without it the bare backbone translates")
-    parser.add_argument("--prompt-format", default="auto", choices=["auto", *FORMATS], help="auto: the adapter's, else the tokenizer's own chat format")
+    parser.add_argument("--prompt-format", default="auto", choices=["auto", *FORMATS],
+                        help="auto: the adapter's, else the tokenizer's own chat format")
     add_translation_arguments(parser)
 
 
@@ -287,7 +299,8 @@ def main():
     else:
         full = [r for r in rows if r["src"].strip()]  # an empty line stays an empty line
         each = engine.translate_each(full, args.max_new_tokens, args.batch_size)
-        results = {n: {"hyp": hyp, "finish": finish} for n, hyp, finish in tqdm(each, total=len(full), desc="translating", disable=len(full) <= args.batch_size or None)}
+        each = tqdm(each, total=len(full), desc="translating", disable=len(full) <= args.batch_size or None)
+        results = {n: {"hyp": hyp, "finish": finish} for n, hyp, finish in each}
         found = (results[n] for n in range(len(full)))
         done = [next(found) if r["src"].strip() else {"hyp": "", "finish": "stop"} for r in rows]
         print("\n".join(" ".join(row["hyp"].splitlines()) for row in done))

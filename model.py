@@ -19,8 +19,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from attention import attention, cached_attention, seen
 from files import UserError, read_json, write_atomic
-from kernels import Packed, attention, cached_attention, linear, packed, rms_norm, rotate, seen, shortlist, swiglu
+from kernels import Packed, linear, packed, rms_norm, rotate, shortlist, swiglu
 
 ROPE_KEYS = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}  # Llama-3.1's
 
@@ -130,7 +131,7 @@ class KVCache:
         self.k, self.v = ([torch.zeros(shape, device=device, dtype=dtype) for _ in range(cfg.num_hidden_layers)] for _ in "kv")
 
     def each(self, function):
-        """Replace every layer's keys and values x (places, S, G, K) by function(x), one at a time: old and new together would be twice the cache."""
+        """Replace every layer's keys and values x (places, S, G, K) by function(x), one at a time: all at once would be twice the cache."""
         for side in (self.k, self.v):
             for layer, x in enumerate(side):
                 side[layer] = function(x)
@@ -141,15 +142,17 @@ class KVCache:
             self.each(lambda x: F.pad(x, (0, 0, 0, 0, 0, slots + 63 - x.shape[1])))
 
     def where(self, rows, heads):
-        """Of a pass over kernels.Rows: the slot of each token among those of all places (T,), and what kernels.seen gives for `heads` query heads."""
-        begins = (torch.arange(len(self.k[0]), device=rows.starts.device) if rows.places is None else rows.places) * self.k[0].shape[1]  # (n,)
+        """Of a pass over attention.Rows: each token's slot among those of all places (T,), and attention.seen for `heads` query heads."""
+        places = torch.arange(len(self.k[0]), device=rows.starts.device) if rows.places is None else rows.places  # (n,)
+        begins = places * self.k[0].shape[1]
         at = begins.repeat_interleave(rows.starts.diff(), output_size=rows.positions.numel()) + rows.positions[0]  # (n,) -> (T,)
         return at, seen(rows, begins, self.k[0], heads)
 
     def update(self, layer, k, v, at):
         """Write k, v (1, G, T, K) at slots `at`; return all of the layer's, (places, S, G, K)."""
         for side, x in ((self.k, k), (self.v, v)):
-            side[layer].view(-1, *side[layer].shape[2:]).index_copy_(0, at, x[0].transpose(0, 1))  # (places, S, G, K) -> (places*S, G, K); (G, T, K) -> (T, G, K)
+            # (places, S, G, K) -> (places*S, G, K); (G, T, K) -> (T, G, K)
+            side[layer].view(-1, *side[layer].shape[2:]).index_copy_(0, at, x[0].transpose(0, 1))
         return self.k[layer], self.v[layer]
 
     def copy(self, source, target, slots=None):
@@ -172,13 +175,14 @@ class Attention(nn.Module):
     def join(self):
         """From here on q_proj, k_proj and v_proj are one product, in which a GPU is less idle where tokens are few."""
         parts = self.q_proj, self.k_proj, self.v_proj
-        self.qkv_proj = Linear(parts[0].in_features, sum(part.out_features for part in parts), bias=parts[0].bias is not None, device="meta")
+        out_features = sum(part.out_features for part in parts)
+        self.qkv_proj = Linear(parts[0].in_features, out_features, bias=parts[0].bias is not None, device="meta")
         for name, _ in parts[0].named_parameters():
             setattr(self.qkv_proj, name, nn.Parameter(torch.cat([getattr(part, name) for part in parts]), requires_grad=False))
         del self.q_proj, self.k_proj, self.v_proj
 
     def forward(self, x, cos, sin, attend, wanted):
-        """x (B, T, D) -> (B, W, D), the positions `wanted`. attend(q, k, v): kernels.attention, or over a cache."""
+        """x (B, T, D) -> (B, W, D), the positions `wanted`. attend(q, k, v): attention.attention, or over a cache."""
         heads = lambda x: x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, T, H*K) -> (B, T, H, K) -> (B, H, T, K)
         if hasattr(self, "qkv_proj"):
             qk, v = heads(self.qkv_proj(x)).split([self.heads + self.groups, self.groups], dim=1)  # (B, H+G, T, K), (B, G, T, K)
@@ -242,11 +246,11 @@ class CausalLM(nn.Module):
     def forward(self, tokens, lora=None, rows=None, cache=None, wanted=None):
         """Hidden states of `tokens` (B, T): all, (B, T, D), or those at `wanted` (B, W), indices into T, (B, W, D).
 
-        lora: an iterable over layers of dicts of functions, (projection, x (B, T, D_in)) -> (B, T, D_out): eq. 1, what the Linear `projection` gives and the
-        update of eq. 4 (see crosslora.CrossLoRA); None is the bare backbone.
-        rows: with B = 1, kernels.Rows that stand one after another in T, so that nothing is padded. Without it each of B is a row, padded
-        on the right: under the causal mask no token sees what comes after it.
-        cache: with rows, a KVCache with slots enough, which gets the tokens' keys and values; they see what it has of their rows from before.
+        lora: an iterable over layers of dicts of functions, (projection, x (B, T, D_in)) -> (B, T, D_out): eq. 1, what the Linear
+        `projection` gives and the update of eq. 4 (see crosslora.CrossLoRA); None is the bare backbone.
+        rows: with B = 1, attention.Rows that stand one after another in T, so that nothing is padded. Without it each of B is a row,
+        padded on the right: under the causal mask no token sees what comes after it.
+        cache: with rows, a KVCache with slots enough, which gets the tokens' keys and values; they see what it has of their rows.
         """
         positions = torch.arange(tokens.shape[1], device=tokens.device)[None] if rows is None else rows.positions  # (1, T)
         angles = positions[..., None].float() * self.inv_freq  # (1, T, K/2)
@@ -258,7 +262,8 @@ class CausalLM(nn.Module):
         for i, (layer, updates) in enumerate(zip(self.model.layers, lora or [None] * len(self.model.layers), strict=True)):
             if cache is not None:
                 attend = lambda q, k, v, i=i: cached_attention(q, *cache.update(i, k, v, at), rows, slots)
-            x = layer(x, cos, sin, attend, updates, wanted if layer is self.model.layers[-1] else None)  # after its attention no token needs another's states
+            at_end = wanted if layer is self.model.layers[-1] else None  # after the last attention no token needs another's states
+            x = layer(x, cos, sin, attend, updates, at_end)
         return self.model.norm(x)
 
     def head(self, hidden):
@@ -274,9 +279,9 @@ class CausalLM(nn.Module):
         return self.lm_head.weight if hasattr(self, "lm_head") else self.model.embed_tokens.weight
 
     def pack(self, training=False):
-        """Lay out all projections as this machine multiplies them fastest (kernels.packed), for decoding with q, k and v in one, once; for training their
-        transposes too, in that much memory again. What was packed can't be saved or fingerprinted. A tied head is packed beside the embeddings, which are looked up, and
-        so takes its memory twice or, in training, three times. In decoding a head with a kernels.Shortlist stays as it lies and takes half its memory more."""
+        """Lay out all projections as this machine multiplies them fastest (kernels.packed), once: for decoding with q, k and v in one,
+        for training with their transposes, in that much memory again. What was packed can't be saved or fingerprinted. A tied head is
+        packed beside the embeddings, which are looked up. In decoding a head with a kernels.Shortlist stays as it lies."""
         self.shortlist = None if training else shortlist(self.head_weight())
         if self.cfg.tie_word_embeddings and not self.shortlist:
             self.lm_head = Linear(self.cfg.hidden_size, self.cfg.vocab_size, bias=False, device="meta")
@@ -289,7 +294,7 @@ class CausalLM(nn.Module):
             weight = packed(projection.weight, training)
             del projection.weight  # the name of a parameter takes nothing else
             projection.weight = weight
-        if isinstance(projections[0].weight, Packed):  # the parameters left are views of the checkpoint's file, and would keep all of it in memory
+        if isinstance(projections[0].weight, Packed):  # what is left are views of the checkpoint's file, and would keep it in memory
             for p in self.parameters():
                 p.data = p.data.clone()
 

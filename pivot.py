@@ -48,10 +48,12 @@ def main():
     parser.add_argument("--out", default="runs/pseudo", help="folder for the pseudo pairs and the report")
     parser.add_argument("--pairs", type=int, default=20000, help="pairs wanted a direction (section 4.1)")
     parser.add_argument("--dev-share", type=float, default=0.1, help="share set aside as dev: 2,000 of 20,000 (section A.2, Table 5)")
-    parser.add_argument("--max-ratio", type=float, default=2.5, help="longer over shorter side in letters, a Chinese character being three; the paper is silent")
+    parser.add_argument("--max-ratio", type=float, default=2.5,
+                        help="longer over shorter side in letters, a Chinese character being three; the paper is silent")
     parser.add_argument("--share-english", action=argparse.BooleanOptionalAction, default=True,
-                        help="one English translation of a sentence serves all targets of its language, whose pairs then share their sources; without it "
-                             "every direction has sentences of its own: more work into English, and more sentences, see data.py --pivot-pairs")
+                        help="one English translation of a sentence serves all targets of its language, whose pairs then share their "
+                             "sources; without it every direction has sentences of its own: more work into English, and more sentences, "
+                             "see data.py --pivot-pairs")
     parser.add_argument("--seed", type=int, default=0)
     add_engine_arguments(parser)
     add_system_argument(parser)
@@ -74,7 +76,8 @@ def main():
     if not set(languages) <= set(engine.languages):
         raise UserError(f"{args.adapter}: knows {', '.join(engine.languages)}, but {args.data} has {', '.join(languages)}")
     config = {**engine.identity, "pairs": args.pairs, "dev_share": args.dev_share, "max_ratio": args.max_ratio, "seed": args.seed,
-              "max_new_tokens": args.max_new_tokens, "source_sha256": file_sha256(source_file), **({} if args.share_english else {"share_english": False})}
+              "max_new_tokens": args.max_new_tokens, "source_sha256": file_sha256(source_file),
+              **({} if args.share_english else {"share_english": False})}
     lock = claim_run(out, config, ranks)
     if (out / "report.json").exists():
         if ranks.rank == 0:
@@ -92,6 +95,11 @@ def main():
     used, number = dict.fromkeys(streams, 0), 0
     work = out / "rounds"
     work.mkdir(exist_ok=True)
+
+    def translated(rows, name, what):
+        file, desc = work / f"{number}.{name}.jsonl", f"round {number}: {what}"
+        return translate_jsonl(engine, rows, file, args.batch_size, args.max_new_tokens, ranks, desc)
+
     missing = lambda stream: max(args.pairs - len(kept[d]) for d in stream)
     while any(missing(stream) > 0 and used[stream] < len(streams[stream]) for stream in streams):
         number += 1
@@ -103,7 +111,7 @@ def main():
             rows += [{"src_lang": stream[0][0], "tgt_lang": PIVOT, "src": text} for text in sentences[used[stream] : used[stream] + take]]
             serves += [stream] * (len(rows) - len(serves))
             used[stream] = min(used[stream] + take, len(sentences))
-        english = translate_jsonl(engine, rows, work / f"{number}.english.jsonl", args.batch_size, args.max_new_tokens, ranks, f"round {number}: X -> en")
+        english = translated(rows, "english", "X -> en")
         rows = []
         for row, stream in zip(english, serves):
             why = rejected(row, PIVOT, row["src"], identify, args.max_ratio)
@@ -114,8 +122,7 @@ def main():
                         counts[d][f"en: {why}"] += 1
                     else:
                         rows.append({"src_lang": PIVOT, "tgt_lang": d[1], "src": row["hyp"], "x_lang": d[0], "x": row["src"]})
-        targets = translate_jsonl(engine, rows, work / f"{number}.targets.jsonl", args.batch_size, args.max_new_tokens, ranks, f"round {number}: en -> Y")
-        for row in targets:
+        for row in translated(rows, "targets", "en -> Y"):
             d, hyp = (row["x_lang"], row["tgt_lang"]), row["hyp"]
             why = rejected(row, d[1], row["x"], identify, args.max_ratio) or ("duplicate" if hyp in kept[d] else None)
             if why:

@@ -38,16 +38,17 @@ def micro_batches(rows, args):
         return passes
 
     limits = range(args.micro_batch_tokens + 1)
-    return cut(bisect.bisect_left(limits, -len(cut(limits[-1])), key=lambda most: -len(cut(most))))  # the least limit that needs no pass more
+    fewest = len(cut(limits[-1]))
+    return cut(bisect.bisect_left(limits, -fewest, key=lambda most: -len(cut(most))))  # the least limit that needs no more passes
 
 
 def saved_bytes(cfg, rows, tokens, targets, element):
     """Estimate of what one micro-batch keeps for its backward pass, in bytes: `rows` (R-Drop's copies included) of
     `tokens` each, `targets` in all, activations of `element` bytes.
 
-    A layer keeps two norm inputs and what makes fp32 of them (at most), attention's q, k, v and output, the inputs of three LoRA branches (on a GPU
-    dropped ones, on a CPU two are one) with their masks, and SwiGLU's two factors; the last layer keeps for all tokens what it has up to its attention, the rest for targets; frozen
-    projections keep nothing. The loss keeps a gradient of its states.
+    A layer keeps two norm inputs and what makes fp32 of them (at most), attention's q, k, v and output, the inputs of three LoRA branches
+    (on a GPU dropped ones, on a CPU two are one) with their masks, and SwiGLU's two factors; the last layer keeps for all tokens what it
+    has up to its attention, the rest for targets; frozen projections keep nothing. The loss keeps a gradient of its states.
     """
     D, F_, heads = cfg.hidden_size, cfg.intermediate_size, 2 * (cfg.num_attention_heads + cfg.num_key_value_heads) * cfg.head_dim
     layer = D * (2 * 4 + 2 * (1 + element)) + heads * element + F_ * (2 * element + 1 + element)
@@ -77,24 +78,30 @@ def dry_run(args):
     frozen, trained = size(backbone.build(cfg)), size(adapter)
     steps = math.ceil(pairs / args.batch_size)
     print(f"backbone:   {frozen:,} parameters, frozen")
-    print(f"adapter:    {trained:,} parameters, trained: {trained / frozen:.2%} of the backbone, {trained / (frozen + trained):.2%} of the total")
-    print(f"steps:      {steps:,} an epoch, {min(args.epochs * steps, args.max_steps or math.inf):,} in all; {pairs:,} pairs ({source}) in batches of {args.batch_size}")
+    print(f"adapter:    {trained:,} parameters, trained: {trained / frozen:.2%} of the backbone, "
+          f"{trained / (frozen + trained):.2%} of the total")
+    print(f"steps:      {steps:,} an epoch, {min(args.epochs * steps, args.max_steps or math.inf):,} in all; "
+          f"{pairs:,} pairs ({source}) in batches of {args.batch_size}")
     if examples is None:
         print("tokens:     unknown without --data from data.py and the checkpoint's tokenizer.json")
         length, targets = args.max_length, args.max_length // 2
     else:
         lengths, counts = [len(e.ids) for e in examples], [target_count(e) for e in examples]
         length, targets = max(lengths), max(counts)  # the worst pass is all long ones
-        print(f"tokens:     {sum(lengths):,} an epoch, {sum(counts):,} of them targets; {sum(lengths) / pairs:.1f} a pair, longest {length}; {dropped} pairs dropped")
+        print(f"tokens:     {sum(lengths):,} an epoch, {sum(counts):,} of them targets; {sum(lengths) / pairs:.1f} a pair, "
+              f"longest {length}; {dropped} pairs dropped")
     passes = 2 if args.rdrop_alpha > 0 else 1
-    packed = frozen + (1 if cfg.tie_word_embeddings else -1) * cfg.vocab_size * cfg.hidden_size  # CausalLM.pack: transposes of all but the embeddings; of a tied head both
-    for what, element, device, weights, copied in (("bf16 backbone (GPU)", 2, "cuda", frozen, trained), ("fp32 backbone (CPU)", 4, "cpu", frozen + packed, 0)):
+    # CausalLM.pack: transposes of all but the embeddings; of a tied head both.
+    packed = frozen + (1 if cfg.tie_word_embeddings else -1) * cfg.vocab_size * cfg.hidden_size
+    for what, element, device, weights, copied in (("bf16 backbone (GPU)", 2, "cuda", frozen, trained),
+                                                   ("fp32 backbone (CPU)", 4, "cpu", frozen + packed, 0)):
         rows = args.micro_batch_size
         if tokens := pass_tokens(args, cfg, device):  # what fits, rounded up: somewhat shorter rows use the tokens to the last
             rows = min(math.ceil(max(1, tokens / length)), args.batch_size)
         # fp32 weight, gradient and two moments are 16 bytes a trained parameter; a GPU copies the experts that are present; beside the
         # logits that are there at one time the loss holds about three fp32 copies of them
-        parts = [weights * element, 16 * trained, copied * element, saved_bytes(cfg, rows * passes, length, rows * passes * targets, element)
-                 + min(LOGITS[device], rows * passes * targets * cfg.vocab_size) * (3 * 4 + element)]
-        print(f"memory:     at most {sum(parts) / 2**30:.1f} GiB a process, {what}: weights {parts[0] / 2**30:.1f}, adapter with gradient and Adam {parts[1] / 2**30:.1f}, "
-              f"copied experts {parts[2] / 2**30:.1f}, activations {parts[3] / 2**30:.1f} ({rows} pairs of {length} tokens)")
+        logits = min(LOGITS[device], rows * passes * targets * cfg.vocab_size)
+        activations = saved_bytes(cfg, rows * passes, length, rows * passes * targets, element) + logits * (3 * 4 + element)
+        parts = [n / 2**30 for n in (weights * element, 16 * trained, copied * element, activations)]
+        print(f"memory:     at most {sum(parts):.1f} GiB a process, {what}: weights {parts[0]:.1f}, adapter with gradient and Adam "
+              f"{parts[1]:.1f}, copied experts {parts[2]:.1f}, activations {parts[3]:.1f} ({rows} pairs of {length} tokens)")

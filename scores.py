@@ -92,8 +92,9 @@ def comet_scores(model, rows, batch_size=32):
 
 
 def paired_bootstrap(ours, theirs, tgt_lang, samples=1000):
-    """Two systems' hypotheses of the same rows, resampled `samples` times by sacrebleu (with its own seed): for
-    BLEU and chrF++ {"ours", "theirs"}, the half-widths of their 95 % intervals, and the p-value of the difference. Raises UserError for other references."""
+    """Two systems' hypotheses of the same rows, resampled `samples` times by sacrebleu (with its own seed): for BLEU and chrF++
+    {"ours", "theirs"}, the half-widths of their 95 % intervals, and the p-value of the difference. Raises UserError for other
+    references."""
     if len(ours) != len(theirs):
         raise UserError(f"--against: {len(ours)} and {len(theirs)} sentences into {tgt_lang}")
     for a, b in zip(ours, theirs):

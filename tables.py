@@ -52,7 +52,8 @@ def tables_8_9(systems, keys=("bleu", "chrf", "rouge_l", "comet")):
     for key in keys:
         having = {name: scores for name, scores in systems.items() if any(s.get(key) is not None for s in scores.values())}
         if having:
-            lines = [[d, *(number(scores.get(d), key) for scores in having.values())] for d in directions if any(d in s for s in having.values())]
+            there = [d for d in directions if any(d in scores for scores in having.values())]
+            lines = [[d, *(number(scores.get(d), key) for scores in having.values())] for d in there]
             text += f"\n### {NAMES[key]}\n\n" + markdown(["direction", *having], lines)
     return text
 
@@ -76,7 +77,8 @@ def audit(paper):
             for key in ("bleu", "comet"):
                 mean = (row["english"][key] + 2 * row["non_english"][key]) / 3
                 if abs(mean - row["average"][key]) > 0.0101:  # three figures of two digits each
-                    lines.append(f"{table.replace('table', 'Table ')}, {name}: its groups average to {mean:.2f} {NAMES[key]}, it prints {number(row['average'], key)}.")
+                    where = f"{table.replace('table', 'Table ')}, {name}"
+                    lines.append(f"{where}: its groups average to {mean:.2f} {NAMES[key]}, it prints {number(row['average'], key)}.")
     for name, same in paper["same_system"].items():
         means, printed = averages(paper["directions"][name]), paper["table1"][same]
         for key in ("bleu", "comet"):
@@ -146,7 +148,8 @@ def curves(runs, path):
         for key, axes in panels.items():
             line, = axes.plot([row["step"] for row in steps], [row[key] for row in steps], label=Path(run).name, linewidth=1)
             if key != "lr" and dev:
-                axes.plot([row["step"] for row in dev], [row["dev"][key] for row in dev], "o--", color=line.get_color(), label=f"{Path(run).name}, dev")
+                xs, ys = [row["step"] for row in dev], [row["dev"][key] for row in dev]
+                axes.plot(xs, ys, "o--", color=line.get_color(), label=f"{Path(run).name}, dev")
     for key, title in (("nll", "NLL a target token (eq. 8)"), ("kl", "KL a target token (eq. 7)"), ("lr", "learning rate")):
         panels[key].set(title=title, xlabel="step")
         panels[key].legend()
@@ -179,7 +182,8 @@ def against(folder, other, samples):
         lines.append(line)
     names = [Path(folder).name, Path(other).name]
     header = ["direction", *(f"{NAMES[key]} {what}" for key in better for what in (*names, "p"))]
-    summary = "".join(f"{NAMES[key]}: {names[0]} better in {a}, {names[1]} better in {b} of {len(lines)} directions (p < 0.05)  \n" for key, (a, b) in better.items())
+    summary = "".join(f"{NAMES[key]}: {names[0]} better in {a}, {names[1]} better in {b} of {len(lines)} directions (p < 0.05)  \n"
+                      for key, (a, b) in better.items())
     return markdown(header, lines) + f"\n{summary}± is half of the 95 % interval; paired bootstrap by sacrebleu, {samples} samples.\n"
 
 

@@ -19,11 +19,12 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import model as backbone
+from attention import Rows
 from crosslora import GROUPS, ROUTES, CrossLoRA, load_adapter, router_load, save_adapter
 from data import FORMATS, Tokenizer, concatenate, encode, epoch_order, group_of, read_stage_data, target_count
 from devices import add_device_arguments, claim_run, device_and_dtype, init_distributed, sum_over_ranks
 from files import UserError, at_least, claim, file_sha256, resolve, run_main, write_atomic
-from kernels import Rows, head_loss
+from kernels import head_loss
 from plan import dry_run, micro_batches, pass_tokens
 
 
@@ -34,8 +35,9 @@ def forward_sums(model, adapter, examples, dtype, rdrop_alpha, dropout):
     tokens, labels, at, lengths = concatenate(examples, passes)  # (1, T), (N,), (N, P): no pads
     lora = adapter([e.src_lang for e in examples], [e.tgt_lang for e in examples], dtype, dropout,
                    counts=[passes * (len(e.ids) - 1) for e in examples], last=[passes * target_count(e) for e in examples])
-    hidden = model(tokens.to(device), lora, rows=Rows.of(lengths, device), wanted=at.view(1, -1).to(device))  # at (N, P) -> (1, N*P); (1, N*P, D): only these need the last layer and the head
-    return head_loss(hidden.view(*at.shape, -1), model.head_weight(), labels.to(device), rdrop_alpha)  # (1, N*P, D) -> (N, P, D)
+    wanted = at.view(1, -1).to(device)  # (N, P) -> (1, N*P): only these need the last layer and the head
+    hidden = model(tokens.to(device), lora, rows=Rows.of(lengths, device), wanted=wanted).view(*at.shape, -1)  # (1, N*P, D) -> (N, P, D)
+    return head_loss(hidden, model.head_weight(), labels.to(device), rdrop_alpha)
 
 
 def direction(example):
@@ -119,7 +121,8 @@ def evaluate_dev(model, adapter, examples, args, ranks, dtype):
 @torch.no_grad()
 def dev_router_load(model, adapter, examples, args, ranks, dtype):
     """Shares of the dev tokens that a learned router gives each expert, by source and by target language."""
-    totals = torch.zeros(2, len(adapter.languages), len(adapter.languages), dtype=torch.float64)  # side, language, expert
+    languages, sides = adapter.languages, ("src_lang", "tgt_lang")
+    totals = torch.zeros(2, len(languages), len(languages), dtype=torch.float64)  # side, language, expert
     mine = sorted(examples, key=lambda e: len(e.ids))[ranks.rank :: ranks.world]
     for start in range(0, len(mine), args.micro_batch_size):
         part = mine[start : start + args.micro_batch_size]
@@ -127,11 +130,12 @@ def dev_router_load(model, adapter, examples, args, ranks, dtype):
         lora = adapter([e.src_lang for e in part], [e.tgt_lang for e in part], dtype)
         model(tokens.to(model.inv_freq.device), lora, rows=Rows.of(lengths, model.inv_freq.device))
         for row, example in zip(router_load(lora, lengths).cpu(), part):  # (n,)
-            for side, lang in enumerate((example.src_lang, example.tgt_lang)):
-                totals[side, adapter.languages.index(lang)] += row
+            for totals_of, side in zip(totals, sides):
+                totals_of[languages.index(getattr(example, side))] += row
     totals = sum_over_ranks(totals, ranks, model.inv_freq.device)
     shares = totals / totals.sum(-1, keepdim=True).clamp(min=1e-9)
-    return {side: {lang: [round(x, 4) for x in row.tolist()] for lang, row in zip(adapter.languages, shares[i])} for i, side in enumerate(("src_lang", "tgt_lang"))}
+    rounded = [[[round(x, 4) for x in row] for row in share] for share in shares.tolist()]
+    return {side: dict(zip(languages, share)) for side, share in zip(sides, rounded)}
 
 
 def save_checkpoint(path, adapter, optimizer, step, best, log, fingerprint):
@@ -146,11 +150,13 @@ def save_checkpoint(path, adapter, optimizer, step, best, log, fingerprint):
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", type=int, choices=[1, 2], required=True, help="section 3.3")
-    parser.add_argument("--model", default="meta-llama/Meta-Llama-3-8B-Instruct", help="backbone: checkpoint folder or hub name (section 4.2)")
+    parser.add_argument("--model", default="meta-llama/Meta-Llama-3-8B-Instruct",
+                        help="backbone: checkpoint folder or hub name (section 4.2)")
     parser.add_argument("--data", default="data", help="folder that data.py wrote")
     parser.add_argument("--pseudo", help="Stage 2: folder that pivot.py wrote")
     parser.add_argument("--out", help="run folder; default runs/stageN")
-    parser.add_argument("--stage-2-data", default="all", choices=["all", "pseudo"], help="Stage 2 on everything or on the pseudo pairs alone (Table 2)")
+    parser.add_argument("--stage-2-data", default="all", choices=["all", "pseudo"],
+                        help="Stage 2 on everything or on the pseudo pairs alone (Table 2)")
     parser.add_argument("--init-adapter", help="start from this adapter folder, Stage 1's, instead of a fresh one (Table 2)")
     parser.add_argument("--adapter-type", default="crosslora", choices=list(ROUTES), help="router and banks (sections 3.2, 4.3, 5.2)")
     parser.add_argument("--groups", default=GROUPS, help="languages that share an expert, for --adapter-type groups (Table 4)")
@@ -167,10 +173,14 @@ def parse_args():
     parser.add_argument("--max-grad-norm", type=float, default=1.0, help="gradient clipping, 0: none; the paper is silent")
     parser.add_argument("--epochs", type=int, help="default: Stage 1 3, Stage 2 2 (section A.1)")
     parser.add_argument("--max-steps", type=int, help="stop after this many steps instead; for trials")
-    parser.add_argument("--batch-size", type=int, default=32, help="effective batch: ranks x micro-batch x accumulation, whatever the passes (section A.1)")
-    parser.add_argument("--micro-batch-size", type=int, default=4, help="rows of --max-length a rank and pass, where --micro-batch-tokens says nothing else (section A.1)")
-    parser.add_argument("--micro-batch-tokens", type=int, help="tokens a rank and pass, so that more rows share one when they are short; 0: always --micro-batch-size rows; "
-                        "default: on a GPU what --micro-batch-size rows of --max-length hold, on a CPU 2^20 / intermediate_size, since more outgrow its caches, but 384 at least")
+    parser.add_argument("--batch-size", type=int, default=32,
+                        help="effective batch: ranks x micro-batch x accumulation, whatever the passes (section A.1)")
+    parser.add_argument("--micro-batch-size", type=int, default=4,
+                        help="rows of --max-length a rank and pass, where --micro-batch-tokens says nothing else (section A.1)")
+    parser.add_argument("--micro-batch-tokens", type=int,
+                        help="tokens a rank and pass, so that more rows share one when they are short; 0: always --micro-batch-size rows; "
+                             "default: on a GPU what --micro-batch-size rows of --max-length hold, on a CPU 2^20 / intermediate_size, "
+                             "since more outgrow its caches, but 384 at least")
     parser.add_argument("--max-length", type=int, default=512, help="tokens a pair, longer ones are dropped (section A.1)")
     parser.add_argument("--keep", default="last", choices=["last", "best"], help="which epoch's adapter: the last, or the lowest dev loss")
     parser.add_argument("--save-every", type=int, default=200, help="steps between checkpoints")
@@ -245,7 +255,8 @@ def main():
     total = min(args.epochs * steps_per_epoch, args.max_steps or math.inf)
     parameters = sum(p.numel() for p in adapter.parameters())
     summary = {"steps": total, "trainable_parameters": parameters, "train_pairs": len(train), "train_dropped": dropped,
-               "dev_pairs": len(dev), "dev_dropped": dev_dropped, "backbone_fingerprint": fingerprint, "processes": ranks.world, "micro_batch_size": args.micro_batch_size, "micro_batch_tokens": args.micro_batch_tokens}
+               "dev_pairs": len(dev), "dev_dropped": dev_dropped, "backbone_fingerprint": fingerprint, "processes": ranks.world,
+               "micro_batch_size": args.micro_batch_size, "micro_batch_tokens": args.micro_batch_tokens}
     lock = claim_run(out, config, ranks)
 
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
@@ -256,16 +267,18 @@ def main():
             raise UserError(f"{out}: was started on another backbone than the {args.model} of now; choose another --out")
         adapter.load_state_dict(state["adapter"])
         optimizer.load_state_dict(state["optimizer"])
-        for p, moments in optimizer.state.items():  # the fused step asks no strides, so that they must lie in memory as p does, whoever wrote them
+        for p, moments in optimizer.state.items():  # the fused step asks no strides: they must lie in memory as p does, whoever wrote them
             moments.update({name: torch.empty_like(p).copy_(x) for name, x in moments.items() if x.shape == p.shape})
         step, best, log_bytes = state["step"], state["best"], state["log_bytes"]
         del state
     if chief:
         print(json.dumps({**config, **summary}, ensure_ascii=False))
-        print(f"{parameters:,} trainable parameters, {parameters / sum(p.numel() for p in model.parameters()):.2%} of the backbone; {len(train)} pairs "
-              f"({dropped} over {args.max_length} tokens dropped); batch {args.batch_size} = {ranks.world} processes x {args.micro_batch_size} x accumulation "
-              f"{args.batch_size // (ranks.world * args.micro_batch_size)}" + (f", or as many passes as {args.micro_batch_tokens} tokens in each take" if args.micro_batch_tokens else "")
-              + f"; {total} steps" + (f"; resuming at step {step}" if step else ""), flush=True)
+        accumulation = args.batch_size // (ranks.world * args.micro_batch_size)
+        passes = f", or as many passes as {args.micro_batch_tokens} tokens in each take" if args.micro_batch_tokens else ""
+        resuming = f"; resuming at step {step}" if step else ""
+        print(f"{parameters:,} trainable parameters, {parameters / sum(p.numel() for p in model.parameters()):.2%} of the backbone; "
+              f"{len(train)} pairs ({dropped} over {args.max_length} tokens dropped); batch {args.batch_size} = {ranks.world} processes x "
+              f"{args.micro_batch_size} x accumulation {accumulation}{passes}; {total} steps{resuming}", flush=True)
 
     model.pack(training=True)
     log = open(out / "metrics.jsonl" if chief else os.devnull, "ab")
@@ -298,7 +311,8 @@ def main():
             loss = nll + args.rdrop_alpha * kl
             if not math.isfinite(loss + norm.item()):
                 raise UserError(f"{out}: loss {loss} with gradient norm {norm.item()} at step {step}; lower --lr and choose another --out")
-            write_log({"step": step, "epoch": round(step / steps_per_epoch, 4), "lr": lr, "nll": nll, "kl": kl, "loss": loss, "grad_norm": norm.item()})
+            line = {"step": step, "epoch": round(step / steps_per_epoch, 4), "lr": lr, "nll": nll, "kl": kl, "loss": loss}
+            write_log({**line, "grad_norm": norm.item()})
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
         bar.update()
         if step % steps_per_epoch == 0 or step == total:

@@ -2,9 +2,9 @@
 
     python bench/cost.py --size S [--repeats 7] [--out bench/results/cost_S.json]    # training, which is short, three times as often
 
-The rows' own directions among 6 languages, and random ones among 100. The plain LoRA is the same adapter on the same rows and directions (which say
-what of a prompt is copied from another's), with one expert of A and one of B for all. Run in turn; training is forward and backward of a batch without the
-optimizer, whose work grows with the experts a batch uses. Prints one JSON line.
+The rows' own directions among 6 languages, and random ones among 100. The plain LoRA is the same adapter on the same rows and directions
+(which say what of a prompt is copied from another's), with one expert of A and one of B for all. Run in turn; training is a whole step, the
+optimizer's included, whose work grows with the experts that a batch uses. Prints one JSON line.
 """
 
 import copy
@@ -54,20 +54,28 @@ def main():
 
     def train_run(lm, adapter, langs):
         batch = [e._replace(src_lang=s, tgt_lang=t) for e, (s, t) in zip(examples, langs)]
+        sides = dict(zip(("lora_A", "lora_B"), adapter.experts))
+        own = [p for name, p in adapter.named_parameters() if name.split(".")[-1] in sides[name.split(".")[-2]]]  # layers.0.up_proj.lora_A.de
+        optimizer = torch.optim.AdamW(own, lr=0, fused=True)  # at a rate of 0 all runs, which share their experts, compute the same every time
 
         def run():
-            adapter.zero_grad(set_to_none=True)
+            optimizer.zero_grad(set_to_none=True)
             backward(lm, adapter, batch, settings, Ranks(0, 1), dtype)
+            torch.nn.utils.clip_grad_norm_([p for p in own if p.grad is not None], 1.0)
+            optimizer.step()
         return run
 
     def decode_run(lm, adapter, langs):
+        order = decoding_order([{**row, "src_lang": s, "tgt_lang": t} for row, (s, t) in zip(rows, langs)])
+
         def run():
-            queue = (Row(i, prompts[i], *langs[i], limits[i]) for i in decoding_order(rows))
+            queue = (Row(i, prompts[i], *langs[i], limits[i]) for i in order)
             for _ in decode(lm, adapter, dtype, queue, (), args.batch_size):
                 continue
         return run
 
-    result = {"bench": "cost", "size": args.size, "sentences": source, "pairs": len(examples), "count": len(rows), "batch_size": args.batch_size}
+    result = {"bench": "cost", "size": args.size, "sentences": source, "pairs": len(examples), "count": len(rows), "batch_size": args.batch_size,
+              "optimizer": True}
     for what, make in (("training", train_run), ("decoding", decode_run)):
         lm = load_both(args.size, folder, args.shared, device, "ours")[0]
         lower(itertools.chain(lm.parameters(), *(adapter.parameters() for adapter in adapters.values() if what == "decoding")), dtype)

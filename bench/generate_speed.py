@@ -4,10 +4,10 @@
 
 Ours: generate.py's own `decode`, all directions mixed, every row on its own experts, waiting rows taking the places of
 ended ones. The peer: `generate` with its KV cache and one adapter of peft for all rows (one direction, which favours it),
-padded on the left; the best of batches of 32 and 64, adapter merged and unmerged, on the first --trial sentences: `usual` in the
-order of the sentences, `sorted` by the prompt's length. Random weights don't end a sentence: on both sides a row ends after as many tokens as its
-reference has. On a CPU, fp32, each side has a process of its own; on a GPU both share the frozen weights but for q, k and v, compared in fp32 and timed in bf16.
-Prints one JSON line.
+padded on the left; the best of --peer-batches, adapter merged and unmerged, on the first --trial sentences: `usual` in the order of
+the sentences, `sorted` by the prompt's length. Random weights don't end a sentence: on both sides a row ends after as many tokens as
+its reference has. On a CPU, fp32, each side has a process of its own; on a GPU both share the frozen weights but for q, k and v,
+compared in fp32 and timed in bf16. Prints one JSON line.
 """
 
 import copy
@@ -57,11 +57,12 @@ def peer_decode(model, prompts, limits, order, batch_size, device):
 def main():
     parser = bench_parser(__doc__)
     parser.add_argument("--sentences", type=int, default=96)
-    parser.add_argument("--trial", type=int, default=64, help="sentences on which the peer's settings are tried; batches of 64 if these are more than 32")
+    parser.add_argument("--trial", type=int, default=64, help="sentences on which the peer's settings are tried: as many as the largest batch, or it gets smaller ones there")
+    parser.add_argument("--peer-batches", default="8,16,32,64", help="of which the peer gets the fastest")
     parser.add_argument("--alone", type=int, default=0, help="also time ours alone on so many sentences, whose end, when few are left, is a smaller part")
-    parser.add_argument("--batch-size", type=int, default=128, help="of ours; the peer's is the better of 32 and 64")
+    parser.add_argument("--batch-size", type=int, default=128, help="places of ours, generate.py's default")
     parser.add_argument("--peers", default="usual,sorted", help="which to measure, '' for ours alone")
-    parser.add_argument("--merged-only", action="store_true", help="don't try the unmerged adapter, for want of time: at L it took 2 to 4 times as long")
+    parser.add_argument("--merged-only", action="store_true", help="don't try the unmerged adapter: at L it takes 2 to 4 times as long")
     parser.add_argument("--side", choices=["ours", "usual", "sorted"], help="be one side's process")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -93,8 +94,7 @@ def main():
 
     def theirs(order, peers):
         """The peer in its best setting, each tried once on the first sentences: (run, seconds of each)."""
-        sizes = (32, 64) if min(args.trial, len(rows)) > 32 else (32,)
-        settings, tried = [(size, kind) for size in sizes for kind in peers], []
+        settings, tried = [(int(size), kind) for size in args.peer_batches.split(",") for kind in peers], []
         for model in peers.values():  # the first to be tried should not pay for the start
             peer_decode(model, prompts, limits, order[:2], 2, device)
         for size, kind in settings:

@@ -26,7 +26,8 @@ def tables():
         if alone := r.get("alone"):
             rate = alone["output_tokens_per_s"]["median"]
             decode.append([f"{size(r)}, ours alone", f"{rate * alone['count'] / alone['output_tokens']:.2f}", str(rate), "-", "-", "-", str(alone["count"])])
-    where = lambda r, what: f"{r['pairs']} pairs" if what == "training" else f"{r['count']} sentences in {r['batch_size']} places"
+    whole = lambda r: "" if r.get("optimizer") else " without the optimizer"
+    where = lambda r, what: f"{r['pairs']} pairs{whole(r)}" if what == "training" else f"{r['count']} sentences in {r['batch_size']} places"
     cost = [[f"{what}, {size(r)}, {where(r, what)}", *(f"{value['median'] - 1:+.1%} ({value['min'] - 1:+.1%} to {value['max'] - 1:+.1%}, {value['n']})" for value in r[what].values())]
             for r in read("cost") for what in ("training", "decoding")]
     return (markdown(["size", "ours, tokens/s", "over the usual peer", "over the tuned peer", "of the product's rate", "peak MiB with model, ours", "usual", "tuned", "pairs"], train) + "\n"

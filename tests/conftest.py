@@ -20,6 +20,7 @@ import random  # noqa: E402
 import model as backbone  # noqa: E402
 from crosslora import CrossLoRA, save_adapter  # noqa: E402
 from data import LANGUAGES, Tokenizer  # noqa: E402
+from files import write_jsonl  # noqa: E402
 from generate import load_engine  # noqa: E402
 from pretrain import config_of, random_model, train_tokenizer  # noqa: E402
 from world import meanings, sentence  # noqa: E402
@@ -44,6 +45,24 @@ def sentences():
         meaning, (src_lang, tgt_lang) = next(stream), rng.sample(list(LANGUAGES), 2)
         rows.append({"src_lang": src_lang, "tgt_lang": tgt_lang, "src": sentence(meaning, src_lang), "tgt": sentence(meaning, tgt_lang)})
     return rows
+
+
+@pytest.fixture(scope="session")
+def data(sentences, tmp_path_factory):
+    """A prepared data folder and a pseudo folder, as data.py and pivot.py leave them."""
+    folder = tmp_path_factory.mktemp("data")
+    english = [s for s in sentences if "en" in (s["src_lang"], s["tgt_lang"])]
+    others = [s for s in sentences if "en" not in (s["src_lang"], s["tgt_lang"])]
+    write_jsonl(folder / "stage1.train.jsonl", english)
+    write_jsonl(folder / "stage1.dev.jsonl", english[:4])
+    write_jsonl(folder / "stage2.flores.jsonl", others[:3])
+    (folder / "config.json").write_text(json.dumps({"languages": ",".join(LANGUAGES)}))
+    (folder / "manifest.json").write_text("{}")
+    pseudo = folder / "pseudo"
+    pseudo.mkdir()
+    write_jsonl(pseudo / "pseudo.train.jsonl", others[3:])
+    write_jsonl(pseudo / "pseudo.dev.jsonl", others[:2])
+    return folder
 
 
 def make_checkpoint(folder, seed=0, **changes):

@@ -11,6 +11,8 @@ import time
 import pytest
 import torch
 
+import generate
+import model as backbone
 from conftest import ROOT, TORCHRUN, inside, make_checkpoint, read_rows, refuses, run, translate_batch
 from devices import Ranks
 from files import write_jsonl
@@ -51,6 +53,26 @@ def test_mixed_batch_equals_one_sentence_at_a_time_without_cache(engine, sentenc
     assert len({text for text, _ in expected}) > 12
     assert translate_batch(engine, rows, 20) == expected
     assert [translate_batch(engine, [row], 20)[0] for row in rows] == expected
+
+
+@pytest.mark.parametrize("slots, prompts", [(1, 1), (400, 70), (400, 2**10), (2**17, 50)])
+def test_memory_bounds_change_no_result(engine, sentences, slots, prompts, monkeypatch):
+    """A cache for a few rows only, prompts read a few at a time: the same translations, in whatever order they end."""
+    eager_to_stop(engine)
+    expected = translate_batch(engine, sentences[:24], 12)
+    monkeypatch.setattr(generate, "SLOTS", {"cpu": slots})
+    monkeypatch.setattr(generate, "PROMPTS", {"cpu": prompts})
+    sizes, passes, where = [], [], backbone.KVCache.where
+
+    def watched(cache, rows, heads):
+        sizes.append(len(cache.k[0]))
+        passes.append(len(rows.lengths) if rows.places is not None else 0)
+        return where(cache, rows, heads)
+
+    monkeypatch.setattr(backbone.KVCache, "where", watched)
+    assert translate_batch(engine, sentences[:24], 12) == expected
+    assert max(sizes) == 24 if slots == 2**17 else max(sizes) * 30 < max(slots, 31)  # prompts alone have 30 tokens and more
+    assert max(passes) <= prompts // 30 + 1
 
 
 def test_order_is_by_length_and_keeps_directions_together():

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import generate
-import kernels
 import model as backbone
+from attention import Rows, attention, cached_attention, seen
 from conftest import CalledAnew, randomise
 from crosslora import CrossLoRA
 from data import LANGUAGES, Tokenizer, encode
@@ -21,9 +21,9 @@ def test_attention_over_rows_equals_a_loop(heads):
     torch.manual_seed(0)
     lengths = [5, 1, 130, 64, 17]
     q, k, v = (torch.randn(1, n, sum(lengths), 64, device=GPU, dtype=torch.bfloat16, requires_grad=True) for n in (heads[0], heads[1], heads[1]))
-    rows, grad = kernels.Rows.of(lengths, GPU), torch.randn(1, heads[0], sum(lengths), 64, device=GPU)
-    fast = kernels.attention(q, k, v, rows=rows)
-    slow = kernels.attention(*(x.float() for x in (q, k, v)), rows=rows)
+    rows, grad = Rows.of(lengths, GPU), torch.randn(1, heads[0], sum(lengths), 64, device=GPU)
+    fast = attention(q, k, v, rows=rows)
+    slow = attention(*(x.float() for x in (q, k, v)), rows=rows)
     assert (fast.float() - slow).norm() < 0.01 * slow.norm()
     for a, b in zip(torch.autograd.grad(fast, (q, k, v), grad.bfloat16()), torch.autograd.grad(slow, (q, k, v), grad)):
         assert (a.float() - b.float()).norm() < 0.01 * b.float().norm()
@@ -35,9 +35,9 @@ def test_attention_over_a_cache_sees_each_rows_own_slots(lengths, before, places
     torch.manual_seed(0)
     q = torch.randn(1, 8, sum(lengths), 64, device=GPU, dtype=torch.bfloat16)
     cache = [torch.randn(7, 40, groups, 64, device=GPU, dtype=torch.bfloat16) for _ in "kv"]
-    rows = kernels.Rows.of(lengths, GPU, before, None if places is None else torch.tensor(places, device=GPU))
+    rows = Rows.of(lengths, GPU, before, None if places is None else torch.tensor(places, device=GPU))
     begins = torch.tensor([40 * place for place in places or range(7)], device=GPU)
-    fast, slow = (kernels.cached_attention(q, k, v, rows, kernels.seen(rows, begins, k, 8)) for q, k, v in ([q, *cache], [x.float() for x in (q, *cache)]))
+    fast, slow = (cached_attention(q, k, v, rows, seen(rows, begins, k, 8)) for q, k, v in ([q, *cache], [x.float() for x in (q, *cache)]))
     assert fast.shape == slow.shape and (fast.float() - slow).norm() < 0.01 * slow.norm()
 
 

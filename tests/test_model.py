@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import model as backbone
+from attention import Rows
 from conftest import SHARED, run
 from files import UserError, resolve
-from kernels import Rows
 
 SIZES = dict(vocab_size=300, hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4,
              max_position_embeddings=512, bos_token_id=1, eos_token_id=2, initializer_range=0.1, attn_implementation="eager")

@@ -1,7 +1,9 @@
 """Filters and rounds of the pivot, scores of the evaluation, and their commands."""
 
+import hashlib
 import itertools
 import json
+import random
 from collections import Counter
 
 import pytest
@@ -89,6 +91,56 @@ def test_pivot_command(adapter_folder, source, tmp_path):
     refuses(*command("one"), "--seed", 3, says="seed was 0, now 3")
     shown = run(*TORCHRUN, *command("one"), "--seed", 3, check=False)  # the first rank's refusal reaches the second
     assert shown.returncode and "seed was 0, now 3" in shown.stderr and "RuntimeError" not in shown.stderr
+
+
+@pytest.mark.parametrize("share", ["--share-english", "--no-share-english"])
+def test_pivot_keeps_the_first_good_pairs_whatever_the_rounds(share, source, tmp_path, monkeypatch):
+    """An engine whose faults are known: what is kept is found again by going through each direction's sentences one by one."""
+    class Scripted:
+        languages, identity = list(LANGUAGES), {"backbone": "scripted"}
+
+        def translate_each(self, rows, max_new_tokens, batch_size):
+            for i, row in enumerate(rows):
+                yield i, *translation(row["tgt_lang"], row["src"])
+
+    def translation(tgt_lang, src):
+        number = int(src.split()[1])
+        if tgt_lang == "en":
+            return ("" if number % 5 == 0 else f"en {number} same length"), "stop"
+        fault = (number + len(LANGUAGES) * list(LANGUAGES).index(tgt_lang)) % 7  # another one in every language
+        text = {1: f"{tgt_lang} 0 this comes again", 3: f"fr {number} same length", 4: f"{tgt_lang} {number} " + 99 * "long"}
+        return text.get(fault, f"{tgt_lang} {number} same length"), "length" if fault == 2 else "stop"
+
+    sources = {lang: [f"{lang} {number} same length" for number in range(300)] for lang in list(LANGUAGES)[1:]}
+    write_jsonl(source / "pivot.source.jsonl", [{"src_lang": lang, "tgt_lang": "en", "src": text} for lang, texts in sources.items() for text in texts])
+    monkeypatch.setattr("baselines.engine_of", lambda args: Scripted())
+    monkeypatch.setattr("scores.language_identifier", lambda languages: lambda text: text.split()[0])
+    wanted = 16
+    inside(ROOT / "pivot.py", "--data", source, "--out", tmp_path / "out", "--pairs", wanted, "--dev-share", 0.25, share)
+    assert (tmp_path / "out/rounds/2.english.jsonl").exists()  # the first round was not enough
+    train, dev = (read_rows(tmp_path / f"out/pseudo.{part}.jsonl") for part in ("train", "dev"))
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    for d, (x, y) in ((d, d.split("-")) for d in report):
+        shuffled = random.Random(f"0 {x}").sample(sources[x], 300)
+        others = [lang for lang in list(LANGUAGES)[1:] if lang != x]
+        mine = shuffled if share == "--share-english" else shuffled[others.index(y) :: 4]
+        good, faults = {}, Counter()
+        for src in mine:
+            hyp, finish = translation(y, src) if int(src.split()[1]) % 5 else ("", "stop")
+            why = ("en: empty" if not hyp else "cut_off" if finish == "length" else "off_target" if hyp[:2] != y else "length_ratio" if "long" in hyp
+                   else "duplicate" if hyp in good else None)
+            if len(good) < wanted and not why:
+                good[hyp] = src
+            elif len(good) < wanted:
+                faults[why] += 1
+        kept = {row["tgt"]: row["src"] for row in train + dev if (row["src_lang"], row["tgt_lang"]) == (x, y)}
+        assert kept == good and len(good) == report[d]["kept"] == wanted and report[d]["ended"] == "complete"
+        dropped = {k: v for k, v in report[d].items() if k not in ("generated", "kept", "ended")}
+        assert all(dropped[why] >= count for why, count in faults.items())  # and those that came with the last good ones
+        assert report[d]["generated"] == wanted + sum(dropped.values())
+        by_hash = sorted(good.values(), key=lambda src: hashlib.sha256(src.encode()).hexdigest())
+        assert sorted(by_hash[:4]) == sorted(row["src"] for row in dev if (row["src_lang"], row["tgt_lang"]) == (x, y))
+    assert all(report[d]["duplicate"] for d in ("de-cs", "cs-de"))
 
 
 def test_pivot_shares_english_or_gives_each_direction_its_own_sentences(adapter_folder, source, tmp_path):

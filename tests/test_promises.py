@@ -12,9 +12,10 @@ import train
 from conftest import ROOT
 
 METHOD = ["model.py", "crosslora.py", "data.py", "train.py", "generate.py", "evaluate.py", "pivot.py"]
-LOWER = {"files", "kernels", "devices", "corpora", "data", "model", "crosslora"}
+LOWER = {"files", "kernels", "attention", "devices", "corpora", "data", "model", "experts", "crosslora"}
 BELOW = {  # what each script may import
-    "files.py": set(), "kernels.py": set(), "devices.py": {"files"}, "corpora.py": {"files"}, "data.py": {"files", "corpora"}, "model.py": {"files", "kernels"}, "crosslora.py": {"files", "kernels"},
+    "files.py": set(), "kernels.py": set(), "attention.py": set(), "devices.py": {"files"}, "corpora.py": {"files"}, "data.py": {"files", "corpora"},
+    "model.py": {"files", "kernels", "attention"}, "experts.py": {"kernels"}, "crosslora.py": {"files", "experts"},
     "generate.py": LOWER, "baselines.py": LOWER | {"generate"}, "plan.py": LOWER, "scores.py": LOWER, "tables.py": LOWER | {"scores"},
     "train.py": LOWER | {"plan"}, "pivot.py": LOWER | {"generate", "baselines", "scores", "tables"},
     "evaluate.py": LOWER | {"generate", "baselines", "scores", "tables"},

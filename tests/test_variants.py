@@ -1,19 +1,18 @@
 """Every compared adapter against loops over examples and tokens, in value and gradient, and through the commands."""
 
 import json
-import math
 import types
 
 import pytest
 import torch
 
 import model as backbone
+from attention import Rows
 from conftest import ROOT, inside, randomise, read_rows, refuses, translate_batch, update_alone
 from crosslora import GROUPS, ROUTES, TARGET_MODULES, CrossLoRA, export_peft, load_adapter, parse_groups, router_load, save_adapter
 from data import LANGUAGES
 from files import UserError, write_jsonl
 from generate import load_engine
-from kernels import Rows
 
 SRC, TGT = ["de", "en", "zh", "is"], ["zh", "is", "cs", "de"]
 STATIC = {  # written out by hand: experts of A and B for the directions above
@@ -165,7 +164,8 @@ def test_every_variant_is_trained_saved_loaded_and_decoded(variant, checkpoint, 
     for load in loads:
         for side in ("src_lang", "tgt_lang"):
             assert set(load[side]) == set(LANGUAGES) and all(len(x) == 6 for x in load[side].values())
-            assert any(math.isclose(sum(x), 1, abs_tol=1e-3) for x in load[side].values())
+            sums = [round(sum(x), 2) for x in load[side].values()]
+            assert set(sums) <= {0, 1} and 1 in sums  # shares of a language's tokens, if the dev set has any
 
 
 def test_protocols_of_table_2(checkpoint, data, adapter_folder, tmp_path):
