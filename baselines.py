@@ -14,9 +14,9 @@ from typing import NamedTuple
 import torch
 
 from data import LANGUAGES, PIVOT, read_jsonl
-from devices import device_and_dtype, init_distributed
+from devices import device_and_dtype, dtype_name, init_distributed
 from files import UserError, at_least, check_output, hub_snapshot, reason, run_main, write_jsonl
-from generate import add_translation_arguments, load_engine, translate_jsonl
+from generate import add_translation_arguments, finished, job_of, load_engine, translate_jsonl
 
 ALMA = "Translate this from {src} to {tgt}:\n{src}: {text}\n{tgt}:"
 BIGTRANSLATE = "以下是一个描述任务的指令，请写一个完成该指令的适当回复。\n\n### 指令:\n请将以下{src}句子翻译成{tgt}：{text}\n\n### 回复:"
@@ -64,12 +64,12 @@ class Baseline:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         if self.system.prompt is None:
             try:
-                self.tokens = {lang: self.language_token(lang) for lang in LANGUAGES}
+                self.tokens = {lang: self.language_token(lang) for lang in self.system.codes}
             except KeyError as missing:
                 raise UserError(f"{name}: its tokenizer has no {missing}; it is no checkpoint of {system}") from None
-        self.languages = list(LANGUAGES)
+        self.languages = [lang for lang in LANGUAGES if lang in self.system.codes]
         self.identity = {"system": system, "model": name, "revision": revision, "beams": self.system.beams,
-                         "dtype": str(self.dtype).removeprefix("torch.")}
+                         "dtype": dtype_name(self.dtype)}
 
     def language_token(self, lang):
         """Id of a language's token. Raises KeyError if the tokenizer has none."""
@@ -129,24 +129,26 @@ class Baseline:
 def translate_via_english(engine, rows, out, batch_size, max_new_tokens, ranks, desc):
     """As translate_jsonl, but in two hops, X -> English -> Y, where English is on neither side; the English in between
     is kept as `pivot`, and an output is cut off if either hop was. As ALMA is evaluated (section 4.3). A sentence with
-    several targets is put into English once."""
+    several targets is put into English once; one whose English is empty stays empty."""
     out, work = Path(out), (batch_size, max_new_tokens, ranks, desc)
-    two_hops = [PIVOT not in (row["src_lang"], row["tgt_lang"]) for row in rows]
-    first = {(row["src_lang"], row["src"]): {**row, "tgt_lang": PIVOT} for row, hops in zip(rows, two_hops) if hops}
-    english = translate_jsonl(engine, list(first.values()), out.with_name(f"{out.stem}.to_english.jsonl"), *work)
-    pivot = {(row["src_lang"], row["src"]): row for row in english}
-    from_english = lambda row: {**row, "src_lang": PIVOT, "src": pivot[row["src_lang"], row["src"]]["hyp"]}
-    second = [from_english(row) if hops else row for row, hops in zip(rows, two_hops)]
-    done = translate_jsonl(engine, second, out.with_name(f"{out.stem}.from_english.jsonl"), *work)
-    result = []
-    for row, last, hops in zip(rows, done, two_hops):
-        middle = pivot[row["src_lang"], row["src"]] if hops else {"finish": "stop"}
-        finish = "length" if "length" in (middle["finish"], last["finish"]) else "stop"
-        result.append({**row, **({"pivot": middle["hyp"]} if hops else {}), "hyp": last["hyp"], "finish": finish})
-    if ranks.rank == 0:
-        write_jsonl(out, result)
-    ranks.barrier()
-    return result
+    job = job_of(engine, rows, max_new_tokens)  # another job's hops are not ours
+    hops = [out.with_name(f"{out.name}.{hop}-{job}") for hop in ("to-english", "from-english")]
+    if not out.exists():
+        key = lambda row: (row["src_lang"], row["src"])
+        first = {key(row): {**row, "tgt_lang": PIVOT} for row in rows if PIVOT not in (row["src_lang"], row["tgt_lang"])}
+        pivot = {key(row): row for row in translate_jsonl(engine, list(first.values()), hops[0], *work)}
+        middle = [pivot[key(row)] if PIVOT not in (row["src_lang"], row["tgt_lang"]) else None for row in rows]
+        second = [{**row, "src_lang": PIVOT, "src": m["hyp"]} if m else row for row, m in zip(rows, middle)]
+        done = iter(translate_jsonl(engine, [row for row in second if row["src"].strip()], hops[1], *work))
+        result = []
+        for row, m, asked in zip(rows, middle, second):
+            last = next(done) if asked["src"].strip() else {"hyp": "", "finish": "stop"}
+            finish = "length" if "length" in (last["finish"], m and m["finish"]) else "stop"
+            result.append({**row, **({"pivot": m["hyp"]} if m else {}), "hyp": last["hyp"], "finish": finish})
+        ranks.barrier()  # everybody has read the hops
+        if ranks.rank == 0:
+            write_jsonl(out, result)
+    return finished(out, hops, ranks)
 
 
 def add_system_argument(parser):
@@ -175,6 +177,9 @@ def main():
     rows = read_jsonl(args.input, need=("src",))
     ranks = init_distributed(args.device)
     engine = Baseline(args.system, args.model, args.device, args.dtype)
+    strangers = sorted({row[side] for row in rows for side in ("src_lang", "tgt_lang")} - set(engine.languages))
+    if strangers:
+        raise UserError(f"--system {args.system}: no code for {', '.join(strangers)} in baselines.py")
     translate = translate_via_english if engine.via_english else translate_jsonl
     translate(engine, rows, Path(args.output), args.batch_size, args.max_new_tokens, ranks, args.system)
     if ranks.rank == 0:

@@ -76,6 +76,7 @@ class CrossLoRA(nn.Module):
         top_k matter to `groups` and `molora-topk`. Parameters are fp32 on the CPU."""
         super().__init__()
         self.languages, self.rank, self.alpha, self.dropout, self.variant = list(languages), rank, alpha, dropout, variant
+        self.scale = alpha / rank  # of every update (section 4.2)
         self.learned = variant == "molora-topk"
         self.groups, self.top_k = groups if variant == "groups" else None, top_k if self.learned else None
         self.group = parse_groups(groups, languages) if variant == "groups" else {code: code for code in languages}
@@ -99,6 +100,10 @@ class CrossLoRA(nn.Module):
         """Rank of one expert. Plain LoRA's is scaled, and alpha with it, to CrossLoRA's parameter count (section 4.3)."""
         return self.rank * (len(self.languages) if self.variant == "lora" else 1)
 
+    @property
+    def device(self):
+        return next(self.parameters()).device
+
     def route(self, src_lang, tgt_lang):
         """Names of the experts of A and B for a direction. Not defined where tokens are routed."""
         return ROUTES[self.variant](self.group[src_lang], self.group[tgt_lang])
@@ -111,13 +116,13 @@ class CrossLoRA(nn.Module):
         after another, default: equally many, and last: how many of them in the last layer, if not all. together: EveryExpert, which
         needs counts; default: on a GPU, with counts. stacked: stacked(dtype), if that is at hand.
         """
-        scale, p, last = self.alpha / self.rank, self.dropout if dropout else 0.0, last or counts
+        scale, p, last = self.scale, self.dropout if dropout else 0.0, last or counts
         if self.learned:
             every_A = lambda bank: torch.stack([*bank.lora_A.values()]).to(dtype)  # (n, R, D_in)
             every_B = lambda bank: StackedTransposes.apply(*bank.lora_B.values()).to(dtype)  # (n*R, D_out)
             return [*self._each_bank(lambda bank: RoutedLowRank(every_A(bank), every_B(bank), bank.router, self.top_k, scale, p))]
         routes = [self.route(s, t) for s, t in zip(src_langs, tgt_langs, strict=True)]
-        if together or together is None and counts is not None and next(self.parameters()).is_cuda:
+        if together or together is None and counts is not None and self.device.type == "cuda":
             present = None if stacked else [sorted(set(side)) for side in zip(*routes)]
             everywhere, there = (self.places(src_langs, tgt_langs, n, present) for n in (counts, last))
             return self.by_token(stacked or self.stacked(dtype, present), [everywhere] * (len(self.layers) - 1) + [there], dropout)
@@ -129,14 +134,12 @@ class CrossLoRA(nn.Module):
     def grouped(self, src_langs, tgt_langs, dtype=torch.float32, before=None):
         """As forward, for decoding, without dropout and derivatives: a list over layers of {projection: LowRank}. before: the list it
         gave for other rows. It is emptied: its memory is used again, and an expert that is at its place already is not copied again."""
-        if self.learned:
-            return self(src_langs, tgt_langs, dtype)
         routes = [self.route(s, t) for s, t in zip(src_langs, tgt_langs, strict=True)]
         (a_names, a_rows, a_places), (b_names, b_rows, b_places) = map(blocks, zip(*routes))
-        as_they_stand, device = list(range(len(routes))), next(self.parameters()).device
+        as_they_stand = list(range(len(routes)))
         moves = a_rows, [a_places[row] for row in b_rows], b_places
-        moves = [None if rows == as_they_stand else torch.tensor(rows, device=device) for rows in moves]
-        update = lambda bank, old: LowRank(bank, (a_names, b_names), moves, self.alpha / self.rank, dtype, old)
+        moves = [None if rows == as_they_stand else torch.tensor(rows, device=self.device) for rows in moves]
+        update = lambda bank, old: LowRank(bank, (a_names, b_names), moves, self.scale, dtype, old)
         return [{name: update(bank, before and before[i].pop(name)) for name, bank in layer.items()} for i, layer in enumerate(self.layers)]
 
     def stacked(self, dtype, experts=None):
@@ -155,12 +158,12 @@ class CrossLoRA(nn.Module):
         at = torch.tensor([(a.index(A), b.index(B)) for A, B in routes]).repeat_interleave(torch.tensor(counts), dim=0)  # (B, 2) -> (N, 2)
         src, tgt = at.split(1, dim=1)  # (N, 1)
         column = torch.arange(len(b) * R)
-        return torch.where(column // R == tgt, src * R, len(a) * R).add_(column % R).to(next(self.parameters()).device)
+        return torch.where(column // R == tgt, src * R, len(a) * R).add_(column % R).to(self.device)
 
     def by_token(self, stacked, own, dropout=False):
         """As forward, a generator, from what stacked() gives and what places() gives for each layer."""
-        scale, p = self.alpha / self.rank, self.dropout if dropout else 0.0
-        return ({name: EveryExpert(*experts, mine, scale, p) for name, experts in layer.items()} for layer, mine in zip(stacked, own))
+        p = self.dropout if dropout else 0.0
+        return ({name: EveryExpert(*experts, mine, self.scale, p) for name, experts in layer.items()} for layer, mine in zip(stacked, own))
 
     def _each_bank(self, update, layers=None):
         return ({name: update(bank) for name, bank in layer.items()} for layer in (self.layers if layers is None else layers))
@@ -250,11 +253,16 @@ def export_peft(folder, src_lang, tgt_lang, out):
     a, b = adapter.route(src_lang, tgt_lang)
     pinned = description["backbone"]  # as files.resolve names it
     repository, revision = pinned.split("@", 1) if "@" in pinned and not Path(pinned).is_absolute() else (pinned, None)
-    tensors = {}
+    tensors, layers = {}, set()
     for name, tensor in read_tensors(Path(folder) / "adapter.safetensors").items():
+        if name.count(".") != 4:
+            raise UserError(f"{folder}: adapter.safetensors holds {name}, which is no expert")
         _, layer, module, side, expert = name.split(".")  # layers.0.gate_proj.lora_A.de
         if expert == (a if side == "lora_A" else b):
             tensors[f"base_model.model.model.layers.{layer}.mlp.{module}.{side}.weight"] = tensor
+            layers.add(layer)
+    if not layers or len(tensors) != len(layers) * len(TARGET_MODULES) * 2:  # peft would run without what is missing
+        raise UserError(f"{folder}: adapter.safetensors lacks A's of {a} or B's of {b}, which adapter.json promises")
     out.mkdir(parents=True, exist_ok=True)
     save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": repository, "revision": revision,

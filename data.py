@@ -39,7 +39,7 @@ LANGUAGES = {  # a new language is a line here and its code in --languages; the 
 PIVOT = "en"
 PROMPT = "Translate the following {src} sentences into {tgt}: "  # section 4.1
 
-# Chat formats as the published templates render one user turn; `{prompt}` is where the text goes.
+# Chat formats as the templates of Llama-3 and Qwen2.5 render one user turn; `{prompt}` is where the text goes.
 FORMATS = {
     "llama3": ("<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n{prompt}<|eot_id|>"
                "<|start_header_id|>assistant<|end_header_id|>\n\n", ("<|eot_id|>", "<|end_of_text|>")),

@@ -64,6 +64,11 @@ def device_and_dtype(device, dtype="auto"):
     return where, precision if dtype == "auto" else getattr(torch, dtype)
 
 
+def dtype_name(dtype):
+    """torch.bfloat16 -> "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
 def add_device_arguments(parser):
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float32"],

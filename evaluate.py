@@ -108,8 +108,8 @@ def main():
     directions = {"-".join(pair): score(part, pair[1], identify) for pair, part in tqdm(rows.items(), desc="scoring", disable=None)}
     hypotheses_sha256, notes, comet = file_sha256(out / "hypotheses.jsonl"), [], None
     old = read_json(out / "scores.json") if (out / "scores.json").exists() else {}
-    if old.get("comet") and old["hypotheses_sha256"] == hypotheses_sha256 and args.comet in (None, old["comet"]):
-        comet = old["comet"]  # of these very hypotheses: not computed again
+    if old.get("comet") and old["hypotheses_sha256"] == hypotheses_sha256:
+        comet = old["comet"]  # of these very hypotheses: not computed again, and kept where another COMET fails
         for name, scores in directions.items():
             scores["comet"] = old["directions"][name]["comet"]
 
@@ -122,10 +122,10 @@ def main():
         return scores
 
     save()  # COMET is slow and can fail: what is known by now is kept
-    if args.comet and not comet:
+    if args.comet not in (None, comet):
         del engine  # its memory is COMET's now
         try:
-            every = iter(comet_scores(load_comet(args.comet), flat))
+            every = iter(comet_scores(load_comet(args.comet), flat, device=args.device))
         except UserError as error:
             notes.append(str(error))
         else:

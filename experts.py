@@ -93,9 +93,9 @@ def blocks(names):
     if size <= 2:
         return tuple(names), [*range(len(names))], [*range(len(names))]
     dealt = [(name, rows[i : i + size]) for name, rows in sorted(own.items()) for i in range(0, len(rows), size)]
-    places = [row for _, rows in dealt for row in rows + rows[:1] * (size - len(rows))]
-    place = {row: i for i, row in enumerate(places)}
-    return tuple(name for name, _ in dealt), places, [place[row] for row in range(len(names))]
+    row_at = [row for _, rows in dealt for row in rows + rows[:1] * (size - len(rows))]
+    place_of = {row: i for i, row in enumerate(row_at)}  # of its places a repeated row gets the last
+    return tuple(name for name, _ in dealt), row_at, [place_of[row] for row in range(len(names))]
 
 
 def gather(expert, names, had, held, dtype):
@@ -122,8 +122,8 @@ class LowRank:
         """names: the experts of A's and of B's blocks. before: the LowRank of other rows, whose memory this one takes over, or None."""
         had, held = (before.names, before.held) if before else (((), ()), (None, None))
         self.names, self.moves, self.scale = names, moves, scale
-        experts = bank.lora_A.__getitem__, lambda name: bank.lora_B[name].t()
-        self.held = [gather(*side, dtype) for side in zip(experts, names, had, held)]
+        self.held = [gather(lambda name: bank.lora_A[name], names[0], had[0], held[0], dtype),
+                     gather(lambda name: bank.lora_B[name].t(), names[1], had[1], held[1], dtype)]
         self.A, self.B = (memory[: len(some)] for memory, some in zip(self.held, names))
 
     def __call__(self, projection, x):
@@ -163,7 +163,8 @@ class EveryExpert:
     fast for a hundred columns as for sixteen, and a launch for every expert would cost more.
 
     A (n*R + R, D_in): all A's and an expert of zeros, B (m*R, D_out): all B's transposes, one below the other. own (N, m*R): for
-    every row of B the column of A's output to take: for the token's own B_tgt its A_src x, for the others zeros.
+    every row of B the column of A's output to take: for the token's own B_tgt its A_src x, for the others zeros. With R = 1, A's of de
+    and en and B's of en and zh, a token of de -> zh has [2, 0]: zeros for B_en, A_de x for B_zh.
     """
 
     def __init__(self, A, B, own, scale, dropout):

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 
@@ -25,8 +26,9 @@ def run_main(main):
     try:
         main()
     except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # every rank of a machine sees the same files: say it once
-            print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(5)  # what the machine's first rank sees, too, is said once: torchrun ends this one meanwhile
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped; the same command continues from here", file=sys.stderr)
@@ -82,18 +84,26 @@ def read_lines(path):
     return [line.removesuffix("\r") for line in (lines[:-1] if lines[-1] == "" else lines)]
 
 
+def open_alone(path, work):
+    """`path` open for appending, and locked until it is closed. Raises UserError, about the file or folder `work`, if another process
+    has it so."""
+    try:
+        file = open(path, "ab")
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{work}: another process is at work in it (workers outlive a killed torchrun; end them first)") from None
+    except OSError as error:
+        raise UserError(f"{work}: {error.strerror or error}") from None
+    return file
+
+
 def lock_folder(folder):
     """Make `folder` if needed and lock it until the returned file is closed. Raises UserError if another process has."""
-    folder = Path(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "w")
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"{folder}: another process is at work in it (workers outlive a killed torchrun; end them first)") from None
+        Path(folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{folder}: {error.strerror or error}") from None
-    return lock
+    return open_alone(Path(folder) / ".lock", folder)
 
 
 def claim(folder, config, write=True):

@@ -25,8 +25,8 @@ import model as backbone
 from attention import Rows
 from crosslora import load_adapter, read_description
 from data import FORMATS, LANGUAGES, Tokenizer, read_jsonl
-from devices import Recorded, add_device_arguments, device_and_dtype, init_distributed
-from files import UserError, at_least, check_output, file_sha256, resolve, run_main, write_jsonl
+from devices import Recorded, add_device_arguments, device_and_dtype, dtype_name, init_distributed
+from files import UserError, at_least, check_output, file_sha256, open_alone, resolve, run_main, write_jsonl
 
 PROMPTS = {"cpu": 2**10, "cuda": 2**14}  # tokens of prompts, copied ones too, in one pass: wide enough for the products, little memory
 SLOTS = {"cpu": 2**17, "cuda": 2**18}  # of the cache, all rows together: 16 GiB for 2**17 of Llama-3-8B in bf16
@@ -80,7 +80,7 @@ def load_engine(model, adapter, prompt_format="auto", device="auto", dtype="auto
     tokenizer = Tokenizer(folder, backbone.Config.load(folder), prompt_format)
     lm = backbone.load(folder, device, dtype)
     identity = {"backbone": lm.fingerprint(), "adapter": None, "prompt_format": tokenizer.format,
-                "dtype": str(dtype).removeprefix("torch.")}
+                "dtype": dtype_name(dtype)}
     lm.pack()
     if adapter is None:
         return Engine(lm, None, tokenizer, list(LANGUAGES), dtype, identity)
@@ -111,15 +111,15 @@ def decode(lm, adapter, dtype, queue, stop_ids, batch_size, record=None):
     what its prompt has in common with the beginning of an earlier one of its direction are copied from there. record: all experts are at
     hand, so that a step takes any rows, and devices.Recorded plays it; default: on a GPU.
     """
-    device = lm.inv_freq.device
+    device = lm.device
     rows = list(itertools.islice(queue, batch_size))  # by place in the batch of B; where one has ended the place is free
     fit = max(1, SLOTS[device.type] // max((len(row.prompt) + row.room for row in rows), default=1))
     rows, queue = rows[:fit], itertools.chain(rows[fit:], queue)
     fresh = list(range(len(rows)))  # places whose prompt was not read yet
     cache, token = backbone.KVCache(lm.cfg, len(rows), 0, device, dtype), torch.zeros(len(rows), dtype=torch.long, device=device)
     record = device.type == "cuda" if record is None else record
-    every = adapter((), (), dtype) if adapter is not None and adapter.learned else None  # once, since a record keeps to its memory
-    stacked = [*adapter.stacked(dtype)] if record and adapter is not None and every is None else None
+    routed = adapter((), (), dtype) if adapter is not None and adapter.learned else None  # for any rows; once: a record keeps to its memory
+    stacked = [*adapter.stacked(dtype)] if record and adapter is not None and routed is None else None
     direction = lambda b: (rows[b].src_lang, rows[b].tgt_lang)
     languages = lambda places: zip(*map(direction, places))  # (src_langs, tgt_langs)
 
@@ -133,7 +133,10 @@ def decode(lm, adapter, dtype, queue, stop_ids, batch_size, record=None):
         cache.copy(torch.tensor(like, device=device), at_rows, max(had))
         new = [rows[b].prompt[n:] for b, n in zip(part, had)]
         these = Rows.of([*map(len, new)], device, had, at_rows)
-        lora = every or adapter and adapter(*languages(part), dtype, counts=these.lengths, last=[1] * len(part), stacked=stacked)
+        if adapter is None or routed:
+            lora = routed
+        else:
+            lora = adapter(*languages(part), dtype, counts=these.lengths, last=[1] * len(part), stacked=stacked)
         tokens = torch.tensor([[*itertools.chain(*new)]], device=device)  # (1, T)
         hidden = lm(tokens, lora, these, cache, wanted=these.starts[None, 1:] - 1)  # (1, T) -> (1, n, D)
         token[at_rows] = lm.greedy(hidden[0])  # (n, D) -> (n,)
@@ -143,7 +146,7 @@ def decode(lm, adapter, dtype, queue, stop_ids, batch_size, record=None):
         hidden = lm(token[None], adapter.by_token(stacked, itertools.repeat(own[0])) if own else lora, these, cache)  # (1, B, D)
         return lm.greedy(hidden[0])  # (B, D) -> (B,)
 
-    own = lora = recorded = shape = None
+    lora, own, recorded, shape = routed, None, None, None
     while rows:
         if fresh:
             own = None  # out of date: the next step finds them anew, for all rows
@@ -152,10 +155,10 @@ def decode(lm, adapter, dtype, queue, stop_ids, batch_size, record=None):
             cache.reserve(max(len(rows[b].prompt) + min(len(rows[b].prompt), rows[b].room) for b in fresh))
             others = sorted({*range(len(rows))}.difference(fresh))
             known = {direction(b): b for b in others if not rows[b].finish}  # a step writes over slot 0 of ended ones
-            # The longest of each direction is read whole, then the others.
+            # The longest of each direction is read whole, then the others (reversed, since in a dict the last of a key stays).
             first = {direction(b): b for b in reversed(fresh) if direction(b) not in known}
             for some in first.values(), [b for b in fresh if first.get(direction(b)) != b]:
-                sums = itertools.accumulate(len(rows[b].prompt) for b in some)
+                sums = itertools.accumulate(len(rows[b].prompt) for b in some)  # those in the same multiple of PROMPTS share a pass
                 for _, part in itertools.groupby(zip(some, sums), key=lambda x: x[1] // PROMPTS[device.type]):
                     read([b for b, _ in part], known)
                 known |= first
@@ -163,7 +166,8 @@ def decode(lm, adapter, dtype, queue, stop_ids, batch_size, record=None):
             if own is None:
                 langs = [*languages(range(len(rows)))]
                 own = [] if stacked is None else [adapter.places(*langs, [1] * len(rows))]  # a recorded step's input
-                lora = every if every or record or adapter is None else adapter.grouped(*langs, dtype, lora)
+                if not (adapter is None or routed or record):
+                    lora = adapter.grouped(*langs, dtype, lora)
             at = [0 if row.finish else len(row.prompt) + len(row.out) - 1 for row in rows]  # where each row's last token stands
             cache.reserve(max(at) + 1)
             at = torch.tensor(at, device=device)
@@ -190,13 +194,16 @@ def decode(lm, adapter, dtype, queue, stop_ids, batch_size, record=None):
             # So many places must be free for finding the rows' experts anew to pay, on a GPU recording too.
             one_in = 5 if not record else 2 if len(rows) > 64 else 1
             if not waiting and one_in * len(free) >= len(rows):
-                live = [b for b, row in enumerate(rows) if not row.finish]
-                # The last fill the gaps, so that the others stay, with their experts (the slice comes before any pop).
-                keep = [live.pop() if row.finish else b for b, row in enumerate(rows[: len(live)])]
-                gaps = torch.tensor([b for b in free if b < len(keep)], dtype=torch.long, device=device)
-                cache.copy(torch.tensor(keep, dtype=torch.long, device=device)[gaps], gaps)
-                cache.each(lambda x: x[: len(keep)])
-                rows, token, own = [rows[b] for b in keep], token[keep], None
+                count = len(rows) - len(free)  # the rows beyond fill the gaps before, so that the others stay, with their experts
+                gaps = [b for b in free if b < count]
+                last = [b for b in range(count, len(rows)) if not rows[b].finish]  # as many
+                for gap, b in zip(gaps, last, strict=True):
+                    rows[gap] = rows[b]
+                gaps, last = (torch.tensor(x, dtype=torch.long, device=device) for x in (gaps, last))
+                cache.copy(last, gaps)
+                token[gaps] = token[last]
+                cache.each(lambda x: x[:count])
+                rows, token, own = rows[:count], token[:count], None
 
 
 def decoding_order(rows):
@@ -211,6 +218,20 @@ def read_part(path):
     return {row["id"]: row for row in map(json.loads, whole.splitlines())}, len(whole) + bool(whole)
 
 
+def job_of(engine, rows, max_new_tokens):
+    """8 hex digits of what translations depend on, for the names of files that hold a part of them."""
+    return hashlib.sha256(json.dumps([rows, max_new_tokens, engine.identity]).encode()).hexdigest()[:8]
+
+
+def finished(out, parts, ranks):
+    """The rows of `out`, now that it is whole; the first rank removes `parts`, those too that a killed run has left beside it."""
+    ranks.barrier()
+    if ranks.rank == 0:
+        for part in parts:
+            part.unlink(missing_ok=True)
+    return [json.loads(line) for line in out.read_text(encoding="utf-8").split("\n") if line]
+
+
 def translate_jsonl(engine, rows, out, batch_size, max_new_tokens, ranks, desc):
     """Translate `rows` into the JSONL file `out` (each row plus "hyp" and "finish"), and return its rows. `engine` has
     `translate_each` and `identity`: an Engine or a baselines.Baseline.
@@ -219,14 +240,14 @@ def translate_jsonl(engine, rows, out, batch_size, max_new_tokens, ranks, desc):
     stopped run goes on where it was, on any number of ranks; `out` itself appears when it is whole.
     """
     out = Path(out)
+    stem = f"{out.name}.part-{job_of(engine, rows, max_new_tokens)}"  # another job's leftovers are not ours
+    parts = lambda: list(out.parent.glob(f"{stem}-*"))
     if not out.exists():
-        job = hashlib.sha256(json.dumps([rows, max_new_tokens, engine.identity]).encode()).hexdigest()[:8]
-        stem = f"{out.name}.part-{job}"  # another job's leftovers are not ours
-        done = {i: row for part in out.parent.glob(f"{stem}-*") for i, row in read_part(part)[0].items()}
+        done = {i: row for part in parts() for i, row in read_part(part)[0].items()}
         ranks.barrier()  # nobody writes before everybody has read
         mine = [i for i in decoding_order(rows) if i not in done][ranks.rank :: ranks.world]
         part = out.with_name(f"{stem}-{ranks.rank}")
-        with open(part, "ab") as file, tqdm(total=len(mine), desc=desc, unit="sent", disable=ranks.rank > 0 or None) as bar:
+        with open_alone(part, out) as file, tqdm(total=len(mine), desc=desc, unit="sent", disable=ranks.rank > 0 or None) as bar:
             file.truncate(read_part(part)[1])
             for n, hyp, finish in engine.translate_each([rows[i] for i in mine], max_new_tokens, batch_size):
                 file.write((json.dumps({"id": mine[n], "hyp": hyp, "finish": finish}, ensure_ascii=False) + "\n").encode())
@@ -234,14 +255,9 @@ def translate_jsonl(engine, rows, out, batch_size, max_new_tokens, ranks, desc):
                 bar.update()
         ranks.barrier()
         if ranks.rank == 0:
-            parts = list(out.parent.glob(f"{stem}-*"))
-            done = {i: row for p in parts for i, row in read_part(p)[0].items()}
-            merged = [{**row, "hyp": done[i]["hyp"], "finish": done[i]["finish"]} for i, row in enumerate(rows)]
-            write_jsonl(out, merged)
-            for p in parts:
-                p.unlink()
-    ranks.barrier()
-    return [json.loads(line) for line in out.read_text(encoding="utf-8").split("\n") if line]
+            done = {i: row for part in parts() for i, row in read_part(part)[0].items()}
+            write_jsonl(out, [{**row, "hyp": done[i]["hyp"], "finish": done[i]["finish"]} for i, row in enumerate(rows)])
+    return finished(out, parts(), ranks)
 
 
 def add_translation_arguments(parser):

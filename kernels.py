@@ -69,17 +69,17 @@ class Shortlist:
         """x (n, D) -> (n,), as F.linear(x, weight).argmax(1) up to the order of fp32's sums; 0 where x is nan. weight: the one this
         was made of."""
         z = BF16(x.to(torch.bfloat16), self.packed, None, "none", [], "").unflatten(1, (self.groups, -1))  # (n, V) -> (n, g, V/g)
-        some = z.amax(1)  # (n, V/g), so that few of V are looked at twice
-        top = some.amax(1, keepdim=True).float()  # (n, 1)
+        of_columns = z.amax(1)  # (n, V/g), so that few of V are looked at twice
+        top = of_columns.amax(1, keepdim=True).float()  # (n, 1)
         # bf16 rounds by a share of 2^-8 at most: z is off by 2^-7 |x| |w| for its factors (|x_1 w_1| + |x_2 w_2| + ... <= |x| |w|)
         # and by 2^-8 |z| for itself, the top by as much. An eighth more is for the sums in fp32 and for a |z| above the top's.
         off = 9 / 1024 * (2 * torch.linalg.vector_norm(x, dim=1, keepdim=True) * self.longest + top.abs())  # (n, 1)
         least = (top - off).to(torch.bfloat16)  # may be rounded: rounding keeps the order, and z is bf16 as well
-        rows, columns = (some >= least).nonzero(as_tuple=True)
+        rows, columns = (of_columns >= least).nonzero(as_tuple=True)
         if 64 * len(rows) > z.numel():  # nearly equal logits: all in fp32 are sooner computed
             return F.linear(x, weight).argmax(1)
         which, group = (z[rows, :, columns] >= least[rows]).nonzero(as_tuple=True)  # of (c, g)
-        rows, words = rows[which], group * some.shape[1] + columns[which]  # of each that could be it
+        rows, words = rows[which], group * z.shape[2] + columns[which]  # of each that could be it
         parts = zip(*(each.split(max(1, LOGITS["cpu"] // x.shape[1])) for each in (rows, words)))
         logits = torch.cat([torch.linalg.vecdot(x[row], weight[word]) for row, word in parts])  # (c', D) each -> (c',)
         best = logits == logits.new_full((len(x),), -torch.inf).scatter_reduce(0, rows, logits, "amax")[rows]
@@ -230,7 +230,7 @@ class HeadLoss(torch.autograd.Function):
                 if not wanted:
                     continue
                 # P times eq. 9's gradient by the logits, without the label's -1: of pass 1 p1 + alpha (p1 (d - kl1) + p1 - p2), of
-                # pass 2 the same, exchanged. In fp32, then rounded to the logits' precision.
+                # pass 2 the same, exchanged. In fp32, then rounded to the logits' precision, in whose place it goes.
                 parts = p.unbind(1) if P == 1 else (torch.add(1 + alpha - alpha * kl1, d, alpha=alpha).mul_(p1).sub_(p2, alpha=alpha),
                                                     torch.sub(1 + alpha - alpha * kl2, d, alpha=alpha).mul_(p2).sub_(p1, alpha=alpha))
                 for i, part in enumerate(parts):

@@ -266,6 +266,10 @@ class CausalLM(nn.Module):
             x = layer(x, cos, sin, attend, updates, at_end)
         return self.model.norm(x)
 
+    @property
+    def device(self):
+        return self.inv_freq.device
+
     def head(self, hidden):
         """Logits (..., V) of hidden states (..., D)."""
         return linear(hidden, self.head_weight())
@@ -289,10 +293,11 @@ class CausalLM(nn.Module):
         for layer in self.model.layers:
             if not training and hasattr(layer.self_attn, "q_proj"):
                 layer.self_attn.join()
-        projections = [module for module in (self.model if self.shortlist else self).modules() if isinstance(module, Linear)]
+        all_or_body = self.model if self.shortlist else self
+        projections = [module for module in all_or_body.modules() if isinstance(module, Linear)]
         for projection in projections:
             weight = packed(projection.weight, training)
-            del projection.weight  # the name of a parameter takes nothing else
+            del projection.weight  # a module takes nothing but a parameter under a parameter's name
             projection.weight = weight
         if isinstance(projections[0].weight, Packed):  # what is left are views of the checkpoint's file, and would keep it in memory
             for p in self.parameters():
@@ -351,7 +356,7 @@ def load(folder, device="cpu", dtype=torch.float32):
 
 def save(model, config, folder):
     """Write a checkpoint as published ones are: `config` (dict) as config.json, weights as model.safetensors."""
-    assert not isinstance(model.model.layers[0].mlp.gate_proj.weight, Packed)  # it would lack all projections
+    assert model.state_dict().keys() == build(model.cfg).state_dict().keys(), "packed: its projections are no longer as published"
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / "model.safetensors.tmp"

@@ -22,8 +22,8 @@ def pass_tokens(args, cfg, device):
 
 
 def micro_batches(rows, args):
-    """Cut `rows` into one rank's passes: as few as hold at most --micro-batch-tokens tokens each, as even as these can be, or
-    --micro-batch-size rows each where that is 0."""
+    """Cut `rows` into one rank's passes: as few as hold at most --micro-batch-tokens tokens each (a longer row has a pass of its
+    own), as even as these can be, or --micro-batch-size rows each where that is 0."""
     if not args.micro_batch_tokens:
         return [rows[i : i + args.micro_batch_size] for i in range(0, len(rows), args.micro_batch_size)]
 
@@ -39,7 +39,7 @@ def micro_batches(rows, args):
 
     limits = range(args.micro_batch_tokens + 1)
     fewest = len(cut(limits[-1]))
-    return cut(bisect.bisect_left(limits, -fewest, key=lambda most: -len(cut(most))))  # the least limit that needs no more passes
+    return cut(bisect.bisect_left(limits, True, key=lambda most: len(cut(most)) == fewest))  # the least limit that needs no more passes
 
 
 def saved_bytes(cfg, rows, tokens, targets, element):

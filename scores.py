@@ -83,10 +83,10 @@ def load_comet(name):
         raise UserError(f"--comet {name}: can't be loaded ({type(error).__name__}: {reason(error)})") from None
 
 
-def comet_scores(model, rows, batch_size=32):
-    """COMET of every row (src, hyp, tgt), times 100, in the rows' order."""
+def comet_scores(model, rows, batch_size=32, device="auto"):
+    """COMET of every row (src, hyp, tgt), times 100, in the rows' order. device: auto, cpu or cuda."""
     data = [{"src": row["src"], "mt": row["hyp"], "ref": row["tgt"]} for row in rows]
-    gpus = int(torch.cuda.is_available())
+    gpus = int(device != "cpu" and torch.cuda.is_available())
     result = model.predict(data, batch_size=batch_size, gpus=gpus, num_workers=1, progress_bar=sys.stderr.isatty())
     return [100 * score for score in result.scores]
 

@@ -90,9 +90,8 @@ def audit(paper):
 
 def compare(folders, with_paper):
     """Markdown: Table 1 of evaluation folders, and with the paper's figures also Tables 8 and 9 and an audit of them."""
-    ours = {}
-    for folder in folders:
-        ours[Path(folder).name if Path(folder).name not in ours else str(folder)] = read_scores(folder)
+    names = [Path(folder).name for folder in folders]
+    ours = {name if names.count(name) == 1 else str(folder): read_scores(folder) for name, folder in zip(names, folders)}
     table, directions = {n: s["averages"] for n, s in ours.items()}, {n: s["directions"] for n, s in ours.items()}
     if not with_paper:
         return table_1(table)

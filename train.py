@@ -20,9 +20,9 @@ from tqdm import tqdm
 
 import model as backbone
 from attention import Rows
-from crosslora import GROUPS, ROUTES, CrossLoRA, load_adapter, router_load, save_adapter
+from crosslora import GROUPS, ROUTES, CrossLoRA, load_adapter, read_description, router_load, save_adapter
 from data import FORMATS, Tokenizer, concatenate, encode, epoch_order, group_of, read_stage_data, target_count
-from devices import add_device_arguments, claim_run, device_and_dtype, init_distributed, sum_over_ranks
+from devices import add_device_arguments, claim_run, device_and_dtype, dtype_name, init_distributed, sum_over_ranks
 from files import UserError, at_least, claim, file_sha256, resolve, run_main, write_atomic
 from kernels import head_loss
 from plan import dry_run, micro_batches, pass_tokens
@@ -31,7 +31,7 @@ from plan import dry_run, micro_batches, pass_tokens
 def forward_sums(model, adapter, examples, dtype, rdrop_alpha, dropout):
     """(loss, nll, kl) of kernels.head_loss, summed over the target tokens of a micro-batch. Where rdrop_alpha > 0, every
     row stands there twice, each copy with its own dropout, the two side by side so that they share their experts."""
-    device, passes = model.inv_freq.device, 2 if rdrop_alpha > 0 else 1
+    device, passes = model.device, 2 if rdrop_alpha > 0 else 1
     tokens, labels, at, lengths = concatenate(examples, passes)  # (1, T), (N,), (N, P): no pads
     lora = adapter([e.src_lang for e in examples], [e.tgt_lang for e in examples], dtype, dropout,
                    counts=[passes * (len(e.ids) - 1) for e in examples], last=[passes * target_count(e) for e in examples])
@@ -57,7 +57,7 @@ def backward(model, adapter, batch, args, ranks, dtype):
     """
     M = denominator(batch, args.normalize)
     mine = sorted(batch, key=lambda e: len(e.ids))[ranks.rank :: ranks.world]  # about as many tokens for every rank
-    sums = torch.zeros(2, device=model.inv_freq.device)
+    sums = torch.zeros(2, device=model.device)
     for part in micro_batches(sorted(mine, key=direction), args):  # rows of one expert side by side
         loss, nll, kl = forward_sums(model, adapter, part, dtype, args.rdrop_alpha, dropout=True)
         (loss / M).backward()
@@ -109,7 +109,7 @@ def evaluate_dev(model, adapter, examples, args, ranks, dtype):
             nll = forward_sums(model, adapter, part, dtype, 0, dropout=False)[1]
             kl = forward_sums(model, adapter, part, dtype, args.rdrop_alpha, dropout=True)[2] if args.rdrop_alpha > 0 else 0.0
             sums[g] += torch.tensor([float(nll), float(kl), sum(target_count(e) for e in part)], dtype=torch.float64)
-    sums = sum_over_ranks(sums, ranks, model.inv_freq.device)
+    sums = sum_over_ranks(sums, ranks, model.device)
 
     def report(row):
         nll, kl = (row[:2] / row[2]).tolist()
@@ -128,11 +128,11 @@ def dev_router_load(model, adapter, examples, args, ranks, dtype):
         part = mine[start : start + args.micro_batch_size]
         tokens, _, _, lengths = concatenate(part, 1)  # (1, T)
         lora = adapter([e.src_lang for e in part], [e.tgt_lang for e in part], dtype)
-        model(tokens.to(model.inv_freq.device), lora, rows=Rows.of(lengths, model.inv_freq.device))
+        model(tokens.to(model.device), lora, rows=Rows.of(lengths, model.device))
         for row, example in zip(router_load(lora, lengths).cpu(), part):  # (n,)
             for totals_of, side in zip(totals, sides):
                 totals_of[languages.index(getattr(example, side))] += row
-    totals = sum_over_ranks(totals, ranks, model.inv_freq.device)
+    totals = sum_over_ranks(totals, ranks, model.device)
     shares = totals / totals.sum(-1, keepdim=True).clamp(min=1e-9)
     rounded = [[[round(x, 4) for x in row] for row in share] for share in shares.tolist()]
     return {side: dict(zip(languages, share)) for side, share in zip(sides, rounded)}
@@ -172,7 +172,7 @@ def parse_args():
     parser.add_argument("--schedule", default="linear", choices=["linear", "cosine", "constant"], help="after warm-up; the paper is silent")
     parser.add_argument("--max-grad-norm", type=float, default=1.0, help="gradient clipping, 0: none; the paper is silent")
     parser.add_argument("--epochs", type=int, help="default: Stage 1 3, Stage 2 2 (section A.1)")
-    parser.add_argument("--max-steps", type=int, help="stop after this many steps instead; for trials")
+    parser.add_argument("--max-steps", type=int, help="stop after this many steps at the latest; for trials")
     parser.add_argument("--batch-size", type=int, default=32,
                         help="effective batch: ranks x micro-batch x accumulation, whatever the passes (section A.1)")
     parser.add_argument("--micro-batch-size", type=int, default=4,
@@ -198,7 +198,7 @@ def parse_args():
         raise UserError(f"--seed {args.seed}: must lie in [0, 2147483648)")
     for flag in ("alpha", "rdrop_alpha", "lr", "weight_decay", "warmup_ratio", "max_grad_norm"):
         if not 0 <= getattr(args, flag) < math.inf:
-            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: can't be negative")
+            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be a number that isn't negative")
     if not 0 <= args.dropout < 1:
         raise UserError(f"--dropout {args.dropout}: must lie in [0, 1)")
     return args
@@ -219,12 +219,21 @@ def main():
 
     languages, train_rows, dev_rows, files = read_stage_data(args)
     folder, pinned = resolve(args.model)
-    tokenizer = Tokenizer(folder, backbone.Config.load(folder), args.prompt_format)
+    cfg = backbone.Config.load(folder)
+    tokenizer = Tokenizer(folder, cfg, args.prompt_format)
     may_change = ("out", "micro_batch_size", "micro_batch_tokens", "device", "dry_run")  # between a stop and its resumption
     config = {k: v for k, v in vars(args).items() if k not in may_change}
-    config.update(languages=languages, prompt_format=tokenizer.format, tokenizer_sha256=tokenizer.sha256,
+    config.update(languages=languages, prompt_format=tokenizer.format, tokenizer_sha256=tokenizer.sha256, dtype=dtype_name(dtype),
                   files={f.name: file_sha256(f) for f in files})
+    with torch.device("meta"):  # refuses --groups and --top-k that don't fit
+        adapter = CrossLoRA(cfg, languages, args.rank, args.alpha, args.dropout, args.adapter_type, args.groups, args.top_k)
     if args.init_adapter:
+        was = read_description(args.init_adapter)
+        now = {"variant": args.adapter_type, "languages": languages, "rank": args.rank, "alpha": args.alpha, "groups": adapter.groups,
+               "top_k": adapter.top_k, "prompt_format": tokenizer.format}
+        differ = [f"{k} was {was[k]!r}, now {v!r}" for k, v in now.items() if was[k] != v]
+        if differ:
+            raise UserError(f"--init-adapter {args.init_adapter}: made with other settings ({'; '.join(differ)})")
         config["init_adapter_sha256"] = file_sha256(Path(args.init_adapter) / "adapter.safetensors")
     out = Path(args.out)
     claim(out, config, write=False)  # refuse before the long work of encoding and loading
@@ -237,18 +246,12 @@ def main():
         raise UserError(f"{files[0]}: no training pair fits --max-length {args.max_length}")
 
     model = backbone.load(folder, device, dtype)
-    args.micro_batch_tokens = pass_tokens(args, model.cfg, device.type)
+    args.micro_batch_tokens = pass_tokens(args, cfg, device.type)
     fingerprint = model.fingerprint()
     torch.manual_seed(args.seed)
-    adapter = CrossLoRA(model.cfg, languages, args.rank, args.alpha, args.dropout, args.adapter_type, args.groups, args.top_k)
+    adapter = CrossLoRA(cfg, languages, args.rank, args.alpha, args.dropout, args.adapter_type, args.groups, args.top_k)
     if args.init_adapter:
-        start, was = load_adapter(args.init_adapter, model.cfg, fingerprint, tokenizer.sha256)
-        now = {"variant": args.adapter_type, "languages": languages, "rank": args.rank, "alpha": args.alpha, "groups": adapter.groups,
-               "top_k": adapter.top_k, "prompt_format": tokenizer.format}
-        differ = [f"{k} was {was[k]!r}, now {v!r}" for k, v in now.items() if was[k] != v]
-        if differ:
-            raise UserError(f"--init-adapter {args.init_adapter}: made with other settings ({'; '.join(differ)})")
-        adapter.load_state_dict(start.state_dict())
+        adapter.load_state_dict(load_adapter(args.init_adapter, cfg, fingerprint, tokenizer.sha256)[0].state_dict())
     adapter.to(device)
 
     steps_per_epoch = math.ceil(len(train) / args.batch_size)
@@ -289,7 +292,12 @@ def main():
         log.write((json.dumps(line) + "\n").encode())
         log.flush()
 
+    def must_be_finite(number, what):
+        if not math.isfinite(number):
+            raise UserError(f"{out}: {what} is {number} at step {step}; lower --lr and choose another --out")
+
     bar = tqdm(total=total, initial=step, desc=f"stage {args.stage}", unit="step", disable=None if chief else True)
+    worst = torch.zeros((), device=device)  # gradient norm so far, looked at now and then, since that waits for a GPU
     while step < total:
         epoch, position = divmod(step, steps_per_epoch)
         if order is None or position == 0:
@@ -305,19 +313,22 @@ def main():
         norm = torch.nn.utils.clip_grad_norm_(used, args.max_grad_norm or math.inf)
         optimizer.step()
         step += 1
-        if step % args.log_every == 0 or step == total:
-            M = denominator(batch, args.normalize)
-            nll, kl = (sums / M).tolist()
+        worst = torch.maximum(worst, norm)  # nan, once there, stays
+        at_end = step % steps_per_epoch == 0 or step == total
+        logs, saves = step % args.log_every == 0 or step == total, step % args.save_every == 0 or at_end
+        if logs or saves:
+            must_be_finite(worst.item(), "the gradient norm")
+        if logs:
+            nll, kl = (sums / denominator(batch, args.normalize)).tolist()
             loss = nll + args.rdrop_alpha * kl
-            if not math.isfinite(loss + norm.item()):
-                raise UserError(f"{out}: loss {loss} with gradient norm {norm.item()} at step {step}; lower --lr and choose another --out")
             line = {"step": step, "epoch": round(step / steps_per_epoch, 4), "lr": lr, "nll": nll, "kl": kl, "loss": loss}
             write_log({**line, "grad_norm": norm.item()})
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
         bar.update()
-        if step % steps_per_epoch == 0 or step == total:
+        if at_end:
             if dev:
                 report = evaluate_dev(model, adapter, dev, args, ranks, dtype)
+                must_be_finite(report["loss"], "the dev loss")
                 write_log({"step": step, "dev": report})
                 if adapter.learned:
                     write_log({"step": step, "router_load": dev_router_load(model, adapter, dev, args, ranks, dtype)})
@@ -328,7 +339,7 @@ def main():
             if chief and (args.keep == "last" or better):
                 description = adapter.describe(pinned, fingerprint, tokenizer.format, tokenizer.sha256, args.seed, step)
                 save_adapter(adapter, description, out / "adapter")
-        if chief and (step % args.save_every == 0 or step % steps_per_epoch == 0 or step == total):
+        if chief and saves:
             save_checkpoint(out / "checkpoint.pt", adapter, optimizer, step, best, log, fingerprint)
     bar.close()
     ranks.barrier()

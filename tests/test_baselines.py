@@ -6,11 +6,12 @@ import pytest
 import torch
 
 import baselines
-from baselines import Baseline
+from baselines import Baseline, translate_via_english
 from conftest import ROOT, inside, read_rows, refuses, translate_batch
 from data import LANGUAGES
+from devices import Ranks
 from files import write_jsonl
-from generate import load_engine
+from generate import job_of, load_engine
 
 sentencepiece = pytest.importorskip("sentencepiece")
 import transformers  # noqa: E402
@@ -137,7 +138,34 @@ def test_our_own_engine_via_english(adapter_folder, tmp_path):
         source = {**row, "src_lang": "en", "src": first} if hops else row
         assert row["hyp"] == translate_batch(engine, [source], 5)[0][0] and row.get("pivot") == (first if hops else None)
         assert row["finish"] == "length"
-    assert len(read_rows(tmp_path / "out/hypotheses.to_english.jsonl")) == 1  # de -> en once for both targets
+
+
+class Scripted:
+    """An engine that says what it was asked, and nothing for what has "nothing" in it; `asked` counts its sentences."""
+
+    identity, asked = {"backbone": "scripted"}, 0
+
+    def translate_each(self, rows, max_new_tokens, batch_size):
+        for i, row in enumerate(rows):
+            self.asked += 1
+            yield i, "" if "nothing" in row["src"] else f"{row['tgt_lang']}({row['src']})"[:max_new_tokens], "stop"
+
+
+def test_two_hops_are_asked_for_once_and_never_mistaken_for_another_jobs(tmp_path):
+    out, engine = tmp_path / "out.jsonl", Scripted()
+    call = lambda rows, most=99: translate_via_english(engine, rows, out, 8, most, Ranks(0, 1), "")
+    rows = [{"src_lang": "de", "tgt_lang": t, "src": text} for text in ("eins", "nothing") for t in ("zh", "is", "en")]
+    done = call(rows)
+    assert [row["hyp"] for row in done] == ["zh(en(eins))", "is(en(eins))", "en(eins)", "", "", ""]
+    assert [row.get("pivot") for row in done] == ["en(eins)", "en(eins)", None, "", "", None]
+    assert engine.asked == 2 + 2 + 2  # X -> en once for both targets; what has no English is not asked for
+    assert [p.name for p in tmp_path.iterdir()] == ["out.jsonl"] and call(rows) == done and engine.asked == 6
+    for hop in ("to-english", "from-english"):  # what a run killed between its hops leaves behind
+        write_jsonl(out.with_name(f"out.jsonl.{hop}-{job_of(engine, rows, 99)}"), [{**row, "tgt_lang": "en", "hyp": "old", "finish": "stop"} for row in rows[:1]])
+    out.unlink()
+    assert [row["hyp"] for row in call(rows, 5)] == ["zh(en", "is(en", "en(ei", "", "", ""]
+    out.unlink()
+    assert [row["hyp"] for row in call([{"src_lang": "cs", "tgt_lang": "en", "src": "dva"}])] == ["en(dva)"]
 
 
 def test_bad_input(folders, checkpoint, adapter_folder, tmp_path):

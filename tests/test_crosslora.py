@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import model as backbone
 from conftest import ROOT, make_checkpoint, randomise, refuses, update_alone
@@ -158,6 +159,18 @@ def test_export_command_refuses_unknown_languages(adapter_folder, tmp_path):
     refuses(ROOT / "crosslora.py", "--adapter", adapter_folder, "--src", "xx", "--tgt", "de", "--peft", tmp_path, says="no expert for 'xx'")
     refuses(ROOT / "crosslora.py", "--adapter", adapter_folder, "--src", "de", "--tgt", "de", "--peft", tmp_path, says="both de")
     refuses(ROOT / "crosslora.py", "--adapter", tmp_path, "--src", "en", "--tgt", "de", "--peft", tmp_path, says="no adapter.json")
+
+
+def test_an_adapter_that_lacks_an_expert_is_not_exported(adapter_folder, tmp_path):
+    """peft would load what is there and run the backbone for the rest."""
+    for lacks in ("layers.1.up_proj.lora_B.zh", "lora_A.de", "layers"):
+        folder = tmp_path / lacks
+        shutil.copytree(adapter_folder, folder)
+        some = {name: x for name, x in load_file(folder / "adapter.safetensors").items() if lacks not in name}
+        save_file(some or {"x": torch.ones(1)}, folder / "adapter.safetensors")
+        with pytest.raises(UserError, match="lacks A's of de or B's of zh" if some else "holds x, which is no expert"):
+            export_peft(folder, "de", "zh", tmp_path / "out")
+        assert not (tmp_path / "out").exists()
 
 
 def test_export_of_a_hub_backbone_names_repository_and_commit(adapter_folder, tmp_path):

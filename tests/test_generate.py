@@ -15,7 +15,7 @@ import generate
 import model as backbone
 from conftest import ROOT, TORCHRUN, inside, make_checkpoint, read_rows, refuses, run, translate_batch
 from devices import Ranks
-from files import write_jsonl
+from files import UserError, open_alone, write_jsonl
 from generate import decoding_order, load_engine, translate_jsonl
 from kernels import packed, shortlist
 
@@ -133,6 +133,18 @@ def test_resumed_file_equals_an_unbroken_one(engine, sentences, tmp_path):
     translate_jsonl(engine, rows, out, 4, 8, Ranks(0, 1), "")
     assert out.read_bytes() == (tmp_path / "straight.jsonl").read_bytes()
     assert not list(tmp_path.glob("*.part-*"))
+
+
+def test_a_kill_at_the_very_end_leaves_nothing_behind_and_no_two_share_a_file(engine, sentences, tmp_path):
+    out, call = tmp_path / "out.jsonl", lambda: translate_jsonl(engine, sentences[:3], tmp_path / "out.jsonl", 4, 4, Ranks(0, 1), "")
+    done = call()
+    part = tmp_path / f"out.jsonl.part-{generate.job_of(engine, sentences[:3], 4)}-0"
+    part.write_text("")  # as if killed after the file, before its parts were removed
+    assert call() == done and [p.name for p in tmp_path.iterdir()] == ["out.jsonl"]
+    out.unlink()
+    with open_alone(part, out), pytest.raises(UserError, match="out.jsonl: another process is at work"):
+        call()
+    assert call() == done
 
 
 def test_commands(adapter_folder, sentences, tmp_path):

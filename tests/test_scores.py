@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import shutil
 import subprocess
 import sys
 
@@ -89,6 +90,10 @@ def test_comet_scores_every_row_in_its_place(comet_folder, monkeypatch, tmp_path
     for more in ((), ("--comet", comet_folder)):
         assert "COMET-22" in inside(*again, *more)
         assert read_json(tmp_path / "out/scores.json")["directions"] == got
+    monkeypatch.undo()
+    printed = inside(*again, "--comet", tmp_path / "h.jsonl")  # another one, which can't be loaded
+    assert "can't be loaded" in printed and f"COMET: {comet_folder}, times 100" in printed
+    assert read_json(tmp_path / "out/scores.json")["directions"] == got
 
 
 def test_a_failing_comet_keeps_the_other_scores(tmp_path, monkeypatch):
@@ -133,6 +138,9 @@ def test_the_commands_of_tables_figures_and_comparisons(tmp_path):
     assert {"bleu.png", "chrf.png", "rouge_l.png", "off_target.png"} <= set(pictures) and "comet.png" not in pictures
     assert all(data.startswith(b"\x89PNG") for data in pictures.values())
     table = inside(ROOT / "evaluate.py", "--table", tmp_path / "good", tmp_path / "bad", "--compare", "paper")
+    shutil.copytree(tmp_path / "bad", tmp_path / "elsewhere/good")
+    both = inside(ROOT / "evaluate.py", "--table", tmp_path / "good", tmp_path / "elsewhere/good")  # two of one name are two rows
+    assert f"| {tmp_path / 'good'} |" in both and f"| {tmp_path / 'elsewhere/good'} |" in both
     assert "| paper: LLaMA-3-8B-Instruct CrossLoRA Stage 2 | 29.69 | 20.60 | 23.63 | 78.74 | 81.94 | 80.88 |" in table
     good = read_json(tmp_path / "good/scores.json")
     row = next(line for line in table.split("### BLEU")[1].splitlines() if line.startswith("| de-zh |"))

@@ -255,6 +255,7 @@ def test_kill_and_resume_is_as_if_never_stopped(checkpoint, data, tmp_path):
 def test_stage_2_under_torchrun_sees_all_data(checkpoint, data, tmp_path):
     out = tmp_path / "two"
     done = run(*TORCHRUN, *command(checkpoint, data, out, "--pseudo", data / "pseudo", "--micro-batch-size", 2, stage=2))
+    assert json.loads((out / "config.json").read_text())["dtype"] == "float32"  # not "auto": resumed elsewhere it would be another
     config = json.loads((out / "summary.json").read_text())
     assert config["train_pairs"] == sum(len(read_rows(data / f)) for f in ("stage1.train.jsonl", "stage2.flores.jsonl", "pseudo/pseudo.train.jsonl"))
     assert "batch 4 = 2 processes x 2 x accumulation 1" in done.stdout
@@ -324,6 +325,14 @@ def test_bad_input_under_torchrun_shows_the_line(checkpoint, data, tmp_path):
 def test_a_run_that_diverges_stops_and_keeps_no_adapter(checkpoint, data, tmp_path):
     refuses(*command(checkpoint, data, tmp_path / "out", "--lr", "1e30", "--max-grad-norm", 0), says=["at step", "lower --lr"])
     assert not (tmp_path / "out/adapter").exists()
+
+
+@pytest.mark.parametrize("log_every", [1, 5, 1000])
+def test_an_adapter_that_is_no_number_is_never_kept(log_every, checkpoint, data, tmp_path):
+    """Whatever is logged: before each checkpoint and each adapter the run looks back at all its steps."""
+    wild = ("--lr", "1e30", "--max-grad-norm", 0, "--epochs", 2, "--save-every", 4, "--log-every", log_every, "--keep", "best")
+    refuses(*command(checkpoint, data, tmp_path / "out", *wild), says=["nan at step", "lower --lr"])
+    assert {p.name for p in (tmp_path / "out").iterdir()} <= {"config.json", "metrics.jsonl", ".lock"}
 
 
 def test_init_adapter_starts_where_the_other_ended(checkpoint, data, adapter_folder, tmp_path):
