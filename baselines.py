@@ -81,9 +81,10 @@ class Baseline:
 
     @torch.inference_mode()
     def translate(self, rows, max_new_tokens):
-        """[(translation, "stop" | "length"), ...] of rows (src_lang, tgt_lang, src), mixed directions in one batch."""
+        """[(translation, "stop" | "length"), ...] of rows (src_lang, tgt_lang, src), mixed directions in one batch. A source
+        longer than the system takes is cut, and its translation says "length"."""
         limit = min(self.tokenizer.model_max_length, self.model.config.max_position_embeddings)
-        ids = []
+        ids, cut = [], []
         for row in rows:
             if self.system.prompt is None:
                 self.tokenizer.src_lang = self.system.codes[row["src_lang"]]
@@ -91,6 +92,7 @@ class Baseline:
             else:
                 codes = self.system.codes
                 text = self.system.prompt.format(src=codes[row["src_lang"]], tgt=codes[row["tgt_lang"]], text=row["src"].strip())
+            cut.append(len(self.tokenizer(text, verbose=False).input_ids) > limit)
             ids.append(self.tokenizer(text, truncation=True, max_length=limit).input_ids)
         batch = self.tokenizer.pad({"input_ids": ids}, return_tensors="pt").to(self.device)  # (B, T)
         settings = {"num_beams": self.system.beams, "do_sample": False, "no_repeat_ngram_size": self.system.no_repeat}
@@ -109,12 +111,12 @@ class Baseline:
             settings.update(pad_token_id=self.tokenizer.pad_token_id, max_new_tokens=max_new_tokens)
             out = self.model.generate(**batch, **settings)[:, batch.input_ids.shape[1] :]
         results = []
-        for row in out.tolist():
+        for row, source_cut in zip(out.tolist(), cut):
             text = self.tokenizer.decode(row, skip_special_tokens=True).strip()
             ended = self.tokenizer.eos_token_id in row
             if self.system.prompt is not None and "\n" in text:  # a decoder-only system that goes on has ended its sentence
                 text, ended = text.split("\n")[0].strip(), True
-            results.append((text, "stop" if ended else "length"))
+            results.append((text, "stop" if ended and not source_cut else "length"))
         return results
 
     def translate_each(self, rows, max_new_tokens, batch_size):

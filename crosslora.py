@@ -124,12 +124,12 @@ class CrossLoRA(nn.Module):
         routes = [self.route(s, t) for s, t in zip(src_langs, tgt_langs, strict=True)]
         if together or together is None and counts is not None and self.device.type == "cuda":
             present = None if stacked else [sorted(set(side)) for side in zip(*routes)]
-            everywhere, there = (self.places(src_langs, tgt_langs, n, present) for n in (counts, last))
-            return self.by_token(stacked or self.stacked(dtype, present), [everywhere] * (len(self.layers) - 1) + [there], dropout)
-        everywhere, there = ([runs(names, n or [1] * len(routes)) for names in zip(*routes)] for n in (counts, last))
+            most, at_end = (self.columns(src_langs, tgt_langs, n, present) for n in (counts, last))
+            return self.by_token(stacked or self.stacked(dtype, present), [most] * (len(self.layers) - 1) + [at_end], dropout)
+        most, at_end = ([runs(names, n or [1] * len(routes)) for names in zip(*routes)] for n in (counts, last))
         *others, end = self.layers
-        return [*self._each_bank(lambda bank: PerRow(bank, *everywhere, scale, p, dtype), others),
-                *self._each_bank(lambda bank: PerRow(bank, *there, scale, p, dtype), [end])]
+        return [*self._each_bank(lambda bank: PerRow(bank, *most, scale, p, dtype), others),
+                *self._each_bank(lambda bank: PerRow(bank, *at_end, scale, p, dtype), [end])]
 
     def grouped(self, src_langs, tgt_langs, dtype=torch.float32, before=None):
         """As forward, for decoding, without dropout and derivatives: a list over layers of {projection: LowRank}. before: the list it
@@ -151,19 +151,20 @@ class CrossLoRA(nn.Module):
         every_B = lambda bank: StackedTransposes.apply(*(bank.lora_B[name] for name in b)).to(dtype)  # (m*R, D_out)
         return self._each_bank(lambda bank: (every_A(bank), every_B(bank)))
 
-    def places(self, src_langs, tgt_langs, counts, experts=None):
-        """EveryExpert's `own` for rows of `counts` tokens one after another, among `experts` or all."""
+    def columns(self, src_langs, tgt_langs, counts, experts=None):
+        """EveryExpert's `columns` for rows of `counts` tokens one after another, among `experts` or all."""
         R, (a, b) = self.expert_rank, experts or self.experts
         routes = [self.route(s, t) for s, t in zip(src_langs, tgt_langs, strict=True)]
-        at = torch.tensor([(a.index(A), b.index(B)) for A, B in routes]).repeat_interleave(torch.tensor(counts), dim=0)  # (B, 2) -> (N, 2)
-        src, tgt = at.split(1, dim=1)  # (N, 1)
+        which = torch.tensor([(a.index(A), b.index(B)) for A, B in routes])  # (B, 2)
+        src, tgt = which.repeat_interleave(torch.tensor(counts), dim=0).split(1, dim=1)  # (B, 2) -> (N, 2) -> (N, 1) each
         column = torch.arange(len(b) * R)
         return torch.where(column // R == tgt, src * R, len(a) * R).add_(column % R).to(self.device)
 
-    def by_token(self, stacked, own, dropout=False):
-        """As forward, a generator, from what stacked() gives and what places() gives for each layer."""
+    def by_token(self, stacked, columns, dropout=False):
+        """As forward, a generator, from what stacked() gives and what columns() gives for each layer."""
         p = self.dropout if dropout else 0.0
-        return ({name: EveryExpert(*experts, mine, self.scale, p) for name, experts in layer.items()} for layer, mine in zip(stacked, own))
+        update = lambda experts, mine: EveryExpert(*experts, mine, self.scale, p)
+        return ({name: update(experts, mine) for name, experts in layer.items()} for layer, mine in zip(stacked, columns))
 
     def _each_bank(self, update, layers=None):
         return ({name: update(bank) for name, bank in layer.items()} for layer in (self.layers if layers is None else layers))

@@ -162,18 +162,18 @@ class EveryExpert:
     """As PerRow on a GPU, for tokens of any rows: all experts present meet all tokens, and each token keeps its own. A GPU reads x as
     fast for a hundred columns as for sixteen, and a launch for every expert would cost more.
 
-    A (n*R + R, D_in): all A's and an expert of zeros, B (m*R, D_out): all B's transposes, one below the other. own (N, m*R): for
+    A (n*R + R, D_in): all A's and an expert of zeros, B (m*R, D_out): all B's transposes, one below the other. columns (N, m*R): for
     every row of B the column of A's output to take: for the token's own B_tgt its A_src x, for the others zeros. With R = 1, A's of de
     and en and B's of en and zh, a token of de -> zh has [2, 0]: zeros for B_en, A_de x for B_zh.
     """
 
-    def __init__(self, A, B, own, scale, dropout):
-        self.A, self.B, self.own, self.scale, self.dropout = A, B, own, scale, dropout
+    def __init__(self, A, B, columns, scale, dropout):
+        self.A, self.B, self.columns, self.scale, self.dropout = A, B, columns, scale, dropout
 
     def __call__(self, projection, x):
         flat = x.flatten(0, -2)  # (..., D_in) -> (N, D_in)
         h = F.linear(F.dropout(flat, self.dropout, training=self.dropout > 0), self.A)  # (N, D_in) x (D_in, n*R + R) -> (N, n*R + R)
-        y = projection(flat).addmm_(h.gather(1, self.own), self.B, alpha=self.scale)  # eqs. 1, 4: (N, m*R) x (m*R, D_out)
+        y = projection(flat).addmm_(h.gather(1, self.columns), self.B, alpha=self.scale)  # eqs. 1, 4: (N, m*R) x (m*R, D_out)
         return y.view(*x.shape[:-1], -1)  # (N, D_out) -> (..., D_out)
 
 

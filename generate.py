@@ -126,30 +126,30 @@ def decode(lm, adapter, dtype, queue, stop_ids, batch_size, record=None):
     def read(part, known):
         """Prompts of the rows at places `part` go into the cache, first new tokens into `token`.
         known: {direction: place of a row of it whose prompt is there}."""
-        at_rows = torch.tensor(part, device=device)
-        like = [known.get(direction(b), b) for b in part]
+        places = torch.tensor(part, device=device)
+        donors = [known.get(direction(b), b) for b in part]  # or the row itself
         common = lambda a, b: len(os.path.commonprefix([rows[a].prompt, rows[b].prompt[:-1]]))  # works on ids too
-        had = [0 if a == b else common(a, b) for a, b in zip(like, part)]
-        cache.copy(torch.tensor(like, device=device), at_rows, max(had))
-        new = [rows[b].prompt[n:] for b, n in zip(part, had)]
-        these = Rows.of([*map(len, new)], device, had, at_rows)
+        copied = [0 if a == b else common(a, b) for a, b in zip(donors, part)]  # numbers of tokens
+        cache.copy(torch.tensor(donors, device=device), places, max(copied))
+        new = [rows[b].prompt[n:] for b, n in zip(part, copied)]
+        batch = Rows.of([*map(len, new)], device, copied, places)
         if adapter is None or routed:
             lora = routed
         else:
-            lora = adapter(*languages(part), dtype, counts=these.lengths, last=[1] * len(part), stacked=stacked)
+            lora = adapter(*languages(part), dtype, counts=batch.lengths, last=[1] * len(part), stacked=stacked)
         tokens = torch.tensor([[*itertools.chain(*new)]], device=device)  # (1, T)
-        hidden = lm(tokens, lora, these, cache, wanted=these.starts[None, 1:] - 1)  # (1, T) -> (1, n, D)
-        token[at_rows] = lm.greedy(hidden[0])  # (n, D) -> (n,)
+        hidden = lm(tokens, lora, batch, cache, wanted=batch.starts[None, 1:] - 1)  # (1, T) -> (1, n, D)
+        token[places] = lm.greedy(hidden[0])  # (n, D) -> (n,)
 
-    def step(token, at, *own):
-        these = Rows([1] * len(token), torch.arange(len(token) + 1, dtype=torch.int32, device=device), at[None])
-        hidden = lm(token[None], adapter.by_token(stacked, itertools.repeat(own[0])) if own else lora, these, cache)  # (1, B, D)
-        return lm.greedy(hidden[0])  # (B, D) -> (B,)
+    def step(token, at, *columns):
+        batch = Rows([1] * len(token), torch.arange(len(token) + 1, dtype=torch.int32, device=device), at[None])
+        updates = adapter.by_token(stacked, itertools.repeat(columns[0])) if columns else lora
+        return lm.greedy(lm(token[None], updates, batch, cache)[0])  # (1, B) -> (1, B, D) -> (B,)
 
-    lora, own, recorded, shape = routed, None, None, None
+    lora, columns, recorded, shape = routed, None, None, None
     while rows:
         if fresh:
-            own = None  # out of date: the next step finds them anew, for all rows
+            columns = None  # and the rows' experts are out of date: the next step finds them anew
             fresh.sort(key=lambda b: -len(rows[b].prompt))
             # An output is about as long as its prompt: so the cache moves seldom.
             cache.reserve(max(len(rows[b].prompt) + min(len(rows[b].prompt), rows[b].room) for b in fresh))
@@ -163,19 +163,19 @@ def decode(lm, adapter, dtype, queue, stop_ids, batch_size, record=None):
                     read([b for b, _ in part], known)
                 known |= first
         else:
-            if own is None:
+            if columns is None:
                 langs = [*languages(range(len(rows)))]
-                own = [] if stacked is None else [adapter.places(*langs, [1] * len(rows))]  # a recorded step's input
+                columns = [] if stacked is None else [adapter.columns(*langs, [1] * len(rows))]  # a recorded step's input
                 if not (adapter is None or routed or record):
                     lora = adapter.grouped(*langs, dtype, lora)
             at = [0 if row.finish else len(row.prompt) + len(row.out) - 1 for row in rows]  # where each row's last token stands
             cache.reserve(max(at) + 1)
             at = torch.tensor(at, device=device)
             if record and shape != cache.k[0].shape:  # no record yet, or for a cache that has moved since
-                recorded, shape = Recorded(recorded, step, token, at, *own), cache.k[0].shape
+                recorded, shape = Recorded(recorded, step, token, at, *columns), cache.k[0].shape
                 token = recorded.first
             else:
-                token = (recorded or step)(token, at, *own)
+                token = (recorded or step)(token, at, *columns)
         new = token.tolist()
         for row, t in [(rows[b], new[b]) for b in fresh or range(len(rows)) if not rows[b].finish]:
             if t in stop_ids:
@@ -203,7 +203,7 @@ def decode(lm, adapter, dtype, queue, stop_ids, batch_size, record=None):
                 cache.copy(last, gaps)
                 token[gaps] = token[last]
                 cache.each(lambda x: x[:count])
-                rows, token, own = rows[:count], token[:count], None
+                rows, token, columns = rows[:count], token[:count], None
 
 
 def decoding_order(rows):

@@ -27,14 +27,14 @@ from kernels import packed, product  # noqa: E402
 from plan import pass_tokens  # noqa: E402
 
 SIZES = {  # XS is for the tests; S; M: Qwen2.5-0.5B's shape; L: Llama-3-8B's
-    "XS": dict(kind="qwen2", tokenizer="none", vocab_size=4000, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-               num_key_value_heads=2, tie_word_embeddings=True),
-    "S": dict(kind="llama", tokenizer="llama2", vocab_size=32000, hidden_size=512, intermediate_size=1408, num_hidden_layers=8, num_attention_heads=8,
-              num_key_value_heads=4, tie_word_embeddings=False),
-    "M": dict(kind="qwen2", tokenizer="qwen2.5", vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
-              num_key_value_heads=2, tie_word_embeddings=True),
-    "L": dict(kind="llama", tokenizer="llama3", vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-              num_key_value_heads=8, tie_word_embeddings=False),
+    "XS": dict(kind="qwen2", tokenizer="none", vocab_size=4000, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+               num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True),
+    "S": dict(kind="llama", tokenizer="llama2", vocab_size=32000, hidden_size=512, intermediate_size=1408, num_hidden_layers=8,
+              num_attention_heads=8, num_key_value_heads=4, tie_word_embeddings=False),
+    "M": dict(kind="qwen2", tokenizer="qwen2.5", vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24,
+              num_attention_heads=14, num_key_value_heads=2, tie_word_embeddings=True),
+    "L": dict(kind="llama", tokenizer="llama3", vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+              num_attention_heads=32, num_key_value_heads=8, tie_word_embeddings=False),
 }
 
 
@@ -42,7 +42,8 @@ def bench_parser(doc):
     """The flags of every bench."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="S", choices=list(SIZES))
-    parser.add_argument("--shared", default=str(ROOT.parent / "shared"), help="folder with real tokenizers and text; the toy world without it")
+    parser.add_argument("--shared", default=str(ROOT.parent / "shared"),
+                        help="folder with real tokenizers and text; the toy world without it")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--work", default=str(Path(tempfile.gettempdir()) / "crosslora-bench"), help="folder for the random checkpoint")
@@ -63,7 +64,9 @@ def make_checkpoint(size, folder, shared, device):
     on a CPU random weights, saved by transformers. Returns the peer's model class and configuration."""
     shape = dict(SIZES[size])
     kind, tokenizer = shape.pop("kind"), shape.pop("tokenizer")
-    config_class, model_class = {"llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM), "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM)}[kind]
+    classes = {"llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
+               "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM)}
+    config_class, model_class = classes[kind]
     done = folder / ("config.json" if device.type == "cuda" else "model.safetensors")
     if not done.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -96,14 +99,15 @@ def tokenizer_of(size, folder, cfg):
 def random_adapter(cfg, languages, device):
     adapter = CrossLoRA(cfg, list(languages)).to(device)
     for name, p in adapter.named_parameters():
-        if "lora_B" in name:
-            p.data.copy_(0.01 * torch.randn(p.shape, device=device))  # at B = 0 R-Drop's two passes are equal and the KL has nothing to compute
+        if "lora_B" in name:  # at B = 0 R-Drop's two passes are equal and the KL has nothing to compute
+            p.data.copy_(0.01 * torch.randn(p.shape, device=device))
     return adapter
 
 
 def training_settings(cfg, device, micro_batch_size=4):
     """What train.backward reads of its arguments, at the paper's values."""
-    settings = SimpleNamespace(micro_batch_size=micro_batch_size, micro_batch_tokens=None, max_length=512, rdrop_alpha=0.1, normalize="tokens")
+    settings = SimpleNamespace(micro_batch_size=micro_batch_size, micro_batch_tokens=None, max_length=512, rdrop_alpha=0.1,
+                               normalize="tokens")
     settings.micro_batch_tokens = pass_tokens(settings, cfg, device.type)
     return settings
 
@@ -226,13 +230,21 @@ def ratios(times, name, ours="ours"):
 
 
 def spread(values, digits):
-    return {"median": round(statistics.median(values), digits), "min": round(min(values), digits), "max": round(max(values), digits), "n": len(values)}
+    return {"median": round(statistics.median(values), digits), "min": round(min(values), digits), "max": round(max(values), digits),
+            "n": len(values)}
 
 
 def machine(device):
-    name = torch.cuda.get_device_name() if device.type == "cuda" else next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if "model name" in line), platform.machine())
-    return {"device": name, "instructions": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads(), "torch": torch.__version__, "transformers": transformers.__version__,
-            "allocator": {k: os.environ[k] for k in ("LD_PRELOAD", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_", "GLIBC_TUNABLES", "PYTORCH_CUDA_ALLOC_CONF") if k in os.environ} or "default",
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name()
+    else:
+        processors = (line.split(":")[1].strip() for line in open("/proc/cpuinfo") if "model name" in line)
+        name = next(processors, platform.machine())
+    tuning = ("LD_PRELOAD", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_", "GLIBC_TUNABLES",
+              "PYTORCH_CUDA_ALLOC_CONF")
+    return {"device": name, "instructions": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads(),
+            "torch": torch.__version__, "transformers": transformers.__version__,
+            "allocator": {k: os.environ[k] for k in tuning if k in os.environ} or "default",
             "date": time.strftime("%Y-%m-%d")}
 
 
@@ -266,7 +278,8 @@ class Side:
     depends on the heap that another side leaves. Calling it runs it once; `told` is what its process tells first."""
 
     def __init__(self, name):
-        self.process = subprocess.Popen([sys.executable, *sys.argv, "--side", name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen([sys.executable, *sys.argv, "--side", name],
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.told = json.loads(self.answer())
 
     def answer(self):

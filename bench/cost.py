@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 
-from common import alternate, bench_parser, load_both, lower, machine, make_checkpoint, prompts_and_limits, random_adapter, ratios, report, sentence_rows, tokenizer_of, training_settings
+from common import (alternate, bench_parser, load_both, lower, machine, make_checkpoint, prompts_and_limits, random_adapter, ratios,
+                    report, sentence_rows, tokenizer_of, training_settings)
 
 import model as backbone
 from data import LANGUAGES, encode
@@ -27,7 +28,8 @@ def main():
     parser = bench_parser(__doc__)
     parser.add_argument("--pairs", type=int, default=32, help="in training: the effective batch")
     parser.add_argument("--sentences", type=int, default=256, help="in decoding")
-    parser.add_argument("--batch-size", type=int, default=128, help="places in decoding, generate.py's default; waiting sentences take those of ended ones")
+    parser.add_argument("--batch-size", type=int, default=128,
+                        help="places in decoding, generate.py's default; waiting sentences take those of ended ones")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     device, dtype = device_and_dtype("auto")
@@ -55,8 +57,10 @@ def main():
     def train_run(lm, adapter, langs):
         batch = [e._replace(src_lang=s, tgt_lang=t) for e, (s, t) in zip(examples, langs)]
         sides = dict(zip(("lora_A", "lora_B"), adapter.experts))
-        own = [p for name, p in adapter.named_parameters() if name.split(".")[-1] in sides[name.split(".")[-2]]]  # layers.0.up_proj.lora_A.de
-        optimizer = torch.optim.AdamW(own, lr=0, fused=True)  # at a rate of 0 all runs, which share their experts, compute the same every time
+        # A name is, for instance, layers.0.up_proj.lora_A.de.
+        own = [p for name, p in adapter.named_parameters() if name.split(".")[-1] in sides[name.split(".")[-2]]]
+        # At a rate of 0 all runs, which share their experts, compute the same every time.
+        optimizer = torch.optim.AdamW(own, lr=0, fused=True)
 
         def run():
             optimizer.zero_grad(set_to_none=True)
@@ -74,13 +78,14 @@ def main():
                 continue
         return run
 
-    result = {"bench": "cost", "size": args.size, "sentences": source, "pairs": len(examples), "count": len(rows), "batch_size": args.batch_size,
-              "optimizer": True}
+    result = {"bench": "cost", "size": args.size, "sentences": source, "pairs": len(examples), "count": len(rows),
+              "batch_size": args.batch_size, "optimizer": True}
     for what, make in (("training", train_run), ("decoding", decode_run)):
         lm = load_both(args.size, folder, args.shared, device, "ours")[0]
         lower(itertools.chain(lm.parameters(), *(adapter.parameters() for adapter in adapters.values() if what == "decoding")), dtype)
         lm.pack(training=what == "training")
-        runs = {(name, one): make(lm, plain(adapters[name]) if one else adapters[name], langs) for name, (_, langs) in directions.items() for one in (True, False)}
+        runs = {(name, one): make(lm, plain(adapters[name]) if one else adapters[name], langs)
+                for name, (_, langs) in directions.items() for one in (True, False)}
         times = alternate(runs, args.repeats * (3 if what == "training" else 1), device)
         result[what] = {name: ratios(times, (name, False), (name, True)) for name in directions}
         del lm

@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 from transformers import StoppingCriteria
 
-from common import Side, alternate, bench_parser, load_both, lower, machine, matmul_rate, now, prompts_and_limits, ratios, report, sentence_rows, serve, spread, tokenizer_of
+from common import (Side, alternate, bench_parser, load_both, lower, machine, matmul_rate, now, prompts_and_limits, ratios, report,
+                    sentence_rows, serve, spread, tokenizer_of)
 
 import model as backbone
 from devices import device_and_dtype
@@ -47,8 +48,8 @@ def peer_decode(model, prompts, limits, order, batch_size, device):
         ids = torch.tensor([[0] * (T - len(prompts[i])) + prompts[i] for i in part], device=device)  # (B, T)
         mask = torch.tensor([[0] * (T - len(prompts[i])) + [1] * len(prompts[i]) for i in part], device=device)
         most = torch.tensor([limits[i] for i in part], device=device)
-        out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=int(most.max()), do_sample=False, pad_token_id=0, eos_token_id=None,
-                             stopping_criteria=[Ends(most, T)])
+        out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=int(most.max()), do_sample=False, pad_token_id=0,
+                             eos_token_id=None, stopping_criteria=[Ends(most, T)])
         for i, row in zip(part, out[:, T:].tolist()):
             outputs[i] = row[: limits[i]]
     return outputs
@@ -57,9 +58,12 @@ def peer_decode(model, prompts, limits, order, batch_size, device):
 def main():
     parser = bench_parser(__doc__)
     parser.add_argument("--sentences", type=int, default=96)
-    parser.add_argument("--trial", type=int, default=64, help="sentences on which the peer's settings are tried: as many as the largest batch, or it gets smaller ones there")
+    parser.add_argument("--trial", type=int, default=64,
+                        help="sentences on which the peer's settings are tried: as many as the largest batch, "
+                             "or it gets smaller ones there")
     parser.add_argument("--peer-batches", default="8,16,32,64", help="of which the peer gets the fastest")
-    parser.add_argument("--alone", type=int, default=0, help="also time ours alone on so many sentences, whose end, when few are left, is a smaller part")
+    parser.add_argument("--alone", type=int, default=0,
+                        help="also time ours alone on so many sentences, whose end, when few are left, is a smaller part")
     parser.add_argument("--batch-size", type=int, default=128, help="places of ours, generate.py's default")
     parser.add_argument("--peers", default="usual,sorted", help="which to measure, '' for ours alone")
     parser.add_argument("--merged-only", action="store_true", help="don't try the unmerged adapter: at L it takes 2 to 4 times as long")
@@ -102,8 +106,8 @@ def main():
             peer_decode(peers[kind], prompts, limits, order[: args.trial], size, device)
             tried.append(round(now(device) - started, 2))
         size, kind = settings[tried.index(min(tried))]
-        chosen = peers[kind]
-        return lambda: peer_decode(chosen, prompts, limits, order, size, device), {f"batch {size}, {kind}": t for (size, kind), t in zip(settings, tried)}
+        chosen, seconds = peers[kind], {f"batch {size}, {kind}": t for (size, kind), t in zip(settings, tried)}
+        return lambda: peer_decode(chosen, prompts, limits, order, size, device), seconds
 
     if args.side:
         run, tried = (ours, None) if args.side == "ours" else theirs(orders[args.side], both_ways())
@@ -131,14 +135,18 @@ def main():
     tokens, read = sum(limits[: len(rows)]), sum(map(len, prompts[: len(rows)]))
     flops = 2 * ((read + tokens) * layer_weights + tokens * cfg.vocab_size * cfg.hidden_size)  # 2 a weight and token, needed or not
     median = lambda name: sorted(times[name])[len(times[name]) // 2]
-    result = {"bench": "generate", "size": args.size, "sentences": source, "count": len(rows), "prompt_tokens": read, "output_tokens": tokens, "batch_size": args.batch_size,
-              "sentences_per_s": {name: round(len(rows) / median(name), 2) for name in runs}, "output_tokens_per_s": {name: round(tokens / median(name), 1) for name in runs},
+    result = {"bench": "generate", "size": args.size, "sentences": source, "count": len(rows), "prompt_tokens": read,
+              "output_tokens": tokens, "batch_size": args.batch_size,
+              "sentences_per_s": {name: round(len(rows) / median(name), 2) for name in runs},
+              "output_tokens_per_s": {name: round(tokens / median(name), 1) for name in runs},
               **{f"ratio_{name}": ratios(times, name) for name in orders}, "repeats": args.repeats, "peer_seconds": tried,
-              "utilisation": round(statistics.median(flops / t / rate for t, rate in zip(times["ours"], rates)), 3), "matmul_gflops": round(statistics.median(rates) / 1e9, 1),
+              "utilisation": round(statistics.median(flops / t / rate for t, rate in zip(times["ours"], rates)), 3),
+              "matmul_gflops": round(statistics.median(rates) / 1e9, 1),
               "agreement": f"{len(some)} of {len(some)} greedy outputs identical", "machine": machine(device)}
     if args.alone:
-        alone = [sum(limits[: args.alone]) / t for t in alternate({"ours": lambda: ours(which=range(args.alone))}, args.repeats, device)["ours"]]
-        result["alone"] = {"count": args.alone, "output_tokens": sum(limits[: args.alone]), "output_tokens_per_s": spread(alone, 1)}
+        new = sum(limits[: args.alone])
+        seconds = alternate({"ours": lambda: ours(which=range(args.alone))}, args.repeats, device)["ours"]
+        result["alone"] = {"count": args.alone, "output_tokens": new, "output_tokens_per_s": spread([new / t for t in seconds], 1)}
     report(result, args.out)
 
 

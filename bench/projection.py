@@ -42,9 +42,12 @@ def main():
         "evaluation: 40,240 sentences": translating(40_240),
     }
     stages["all"] = sum(stages.values())
-    print("Projection, not measured:\n" + markdown(["part", "GPU-hours"], [[name, f"{hours:.2f}"] for name, hours in stages.items()]), end="")
+    rows = [[name, f"{hours:.2f}"] for name, hours in stages.items()]
+    print("Projection, not measured:\n" + markdown(["part", "GPU-hours"], rows), end="")
     if args.out:
-        Path(args.out).write_text(json.dumps({"projection": "computed from the rates of short runs, not measured", **vars(args), "gpu_hours": {k: round(v, 2) for k, v in stages.items()}}, indent=1) + "\n")
+        result = {"projection": "computed from the rates of short runs, not measured", **vars(args),
+                  "gpu_hours": {name: round(hours, 2) for name, hours in stages.items()}}
+        Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

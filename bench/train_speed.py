@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from common import Side, alternate, bench_parser, load_both, lower, machine, matmul_rate, peak_bytes, ratios, report, resident_bytes, sentence_rows, serve, tokenizer_of, training_settings, trim
+from common import (Side, alternate, bench_parser, load_both, lower, machine, matmul_rate, peak_bytes, ratios, report, resident_bytes,
+                    sentence_rows, serve, tokenizer_of, training_settings, trim)
 
 import model as backbone
 from crosslora import TARGET_MODULES
@@ -42,27 +43,33 @@ def collate(examples):
 
 
 def peer_backward(model, examples, micro_batch_size, tuned, alpha, device, dtype):
-    """Gradients of eq. 9 for an effective batch as the usual stack computes them, in bf16 as its Trainer does. Returns the summed [nll, kl]."""
+    """Gradients of eq. 9 for an effective batch as the usual stack computes them, in bf16 as its Trainer does. Returns the
+    summed [nll, kl]."""
     M = sum(target_count(e) for e in examples)
     rows = sorted(examples, key=lambda e: len(e.ids)) if tuned else examples
     sums = torch.zeros(2, device=device)
     for start in range(0, len(rows), micro_batch_size):
-        tokens, labels = (t.to(device) for t in collate(rows[start : start + micro_batch_size]))
+        part = rows[start : start + micro_batch_size]
+        tokens, labels = (t.to(device) for t in collate(part))
         at = labels != IGNORE
-        mask = torch.arange(tokens.shape[1], device=device) < torch.tensor([len(e.ids) - 1 for e in rows[start : start + micro_batch_size]], device=device)[:, None]
+        lengths = torch.tensor([len(e.ids) - 1 for e in part], device=device)
+        mask = torch.arange(tokens.shape[1], device=device) < lengths[:, None]
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            twice = dict(input_ids=tokens.repeat(2, 1), attention_mask=mask.repeat(2, 1).long(), use_cache=False)
             if tuned:
-                hidden = model.base_model.model.model(input_ids=tokens.repeat(2, 1), attention_mask=mask.repeat(2, 1).long(), use_cache=False).last_hidden_state
+                hidden = model.base_model.model.model(**twice).last_hidden_state
                 first, second = (model.base_model.model.lm_head(h[at]) for h in hidden.chunk(2))
                 targets = labels[at]
             else:
-                first, second = model(input_ids=tokens.repeat(2, 1), attention_mask=mask.repeat(2, 1).long(), use_cache=False).logits.chunk(2)
+                first, second = model(**twice).logits.chunk(2)
                 first, second, targets = first.flatten(0, 1), second.flatten(0, 1), labels.flatten()
-        nll = (F.cross_entropy(first.float(), targets, ignore_index=IGNORE, reduction="sum") + F.cross_entropy(second.float(), targets, ignore_index=IGNORE, reduction="sum")) / 2
         if tuned:
             p, q = F.log_softmax(first.float(), -1), F.log_softmax(second.float(), -1)
+            nll = (F.nll_loss(p, targets, reduction="sum") + F.nll_loss(q, targets, reduction="sum")) / 2
             kl = (F.kl_div(p, q, reduction="sum", log_target=True) + F.kl_div(q, p, reduction="sum", log_target=True)) / 2
         else:  # as the R-Drop repository's README has it
+            nll = (F.cross_entropy(first.float(), targets, ignore_index=IGNORE, reduction="sum")
+                   + F.cross_entropy(second.float(), targets, ignore_index=IGNORE, reduction="sum")) / 2
             p_kl = F.kl_div(F.log_softmax(first, -1), F.softmax(second, -1), reduction="none")
             q_kl = F.kl_div(F.log_softmax(second, -1), F.softmax(first, -1), reduction="none")
             padding = (targets == IGNORE)[:, None]
@@ -75,8 +82,10 @@ def peer_backward(model, examples, micro_batch_size, tuned, alpha, device, dtype
 def main():
     parser = bench_parser(__doc__)
     parser.add_argument("--pairs", type=int, default=32, help="the effective batch")
-    parser.add_argument("--micro-batch-size", type=int, default=4, help="of both peers; ours cuts its passes by tokens, see train.py --micro-batch-tokens")
-    parser.add_argument("--max-length", type=int, default=512, help="longer pairs are left out: with pairs of up to 141 tokens the usual peer takes 16 GiB at M")
+    parser.add_argument("--micro-batch-size", type=int, default=4,
+                        help="of both peers; ours cuts its passes by tokens, see train.py --micro-batch-tokens")
+    parser.add_argument("--max-length", type=int, default=512,
+                        help="longer pairs are left out: with pairs of up to 141 tokens the usual peer takes 16 GiB at M")
     parser.add_argument("--peers", default="usual,tuned", help="which to measure; one at a time where memory is short")
     parser.add_argument("--side", choices=["ours", "usual", "tuned"], help="be one side's process")
     args = parser.parse_args()
@@ -124,13 +133,15 @@ def main():
             for i, layer in enumerate(peer.base_model.model.model.layers):
                 for module in TARGET_MODULES:
                     bank, lora = adapter.layers[i][module], getattr(layer.mlp, module)
-                    for a, b in ((bank.lora_A["de"].grad, lora.lora_A["default"].weight.grad), (bank.lora_B["zh"].grad, lora.lora_B["default"].weight.grad)):
+                    for a, b in ((bank.lora_A["de"].grad, lora.lora_A["default"].weight.grad),
+                                 (bank.lora_B["zh"].grad, lora.lora_B["default"].weight.grad)):
                         worst[name] = max(worst[name], ((a - b).norm() / b.norm()).item())
         adapter.dropout = 0.1
         peer.train()
         return worst
 
-    # Rows in the one direction that the peer has; this process holds both sides, at L more than 8 pairs are too much for 80 GB, at M for 24.
+    # Rows in the one direction that the peer has; this process holds both sides, at L more than 8 pairs are too much for 80 GB,
+    # at M for 24.
     one_way = [e._replace(src_lang="de", tgt_lang="zh") for e in examples[:8]]
     agree = disagreement(one_way, torch.float32)
     assert max(agree.values()) < 1e-4, f"the sides disagree: {agree}"
@@ -149,14 +160,21 @@ def main():
     else:
         for module in (adapter, peer):
             module.zero_grad(set_to_none=True)  # a step's gradients are part of its peak
-        own = lambda name: sum({p.data_ptr(): p.nbytes for module in ((lm, adapter) if name == "ours" else (peer,)) for p in module.parameters()}.values())
+
+        def own(name):
+            modules = (lm, adapter) if name == "ours" else (peer,)
+            return sum({p.data_ptr(): p.nbytes for module in modules for p in module.parameters()}.values())
+
         peaks = {name: peak_bytes(run, device, resident_bytes(device) - own(name)) for name, run in runs.items()}
     rates = []  # of a large product, after every turn: these machines change their pace
     times = alternate(runs, args.repeats, device, lambda: rates.append(matmul_rate(device, dtype)))
     median = lambda name: sorted(times[name])[len(times[name]) // 2]
-    result = {"bench": "train", "size": args.size, "sentences": source, "pairs": len(examples), "tokens": tokens, "targets": targets, "micro_batch_size": args.micro_batch_size, "max_length": args.max_length,
-              "tokens_per_s": {name: round(tokens / median(name), 1) for name in runs}, **{f"ratio_{name}": ratios(times, name) for name in runs if name != "ours"},
-              "peak_mib": {name: round(peak / 2**20) for name, peak in peaks.items()}, "utilisation": round(statistics.median(flops / t / rate for t, rate in zip(times["ours"], rates)), 3),
+    result = {"bench": "train", "size": args.size, "sentences": source, "pairs": len(examples), "tokens": tokens, "targets": targets,
+              "micro_batch_size": args.micro_batch_size, "max_length": args.max_length,
+              "tokens_per_s": {name: round(tokens / median(name), 1) for name in runs},
+              **{f"ratio_{name}": ratios(times, name) for name in runs if name != "ours"},
+              "peak_mib": {name: round(peak / 2**20) for name, peak in peaks.items()},
+              "utilisation": round(statistics.median(flops / t / rate for t, rate in zip(times["ours"], rates)), 3),
               "matmul_gflops": round(statistics.median(rates) / 1e9, 1), "agreement": agree, "machine": machine(device)}
     report(result, args.out)
 

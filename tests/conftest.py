@@ -81,7 +81,8 @@ def randomise(adapter, seed=1):
     """Give every A and B a value that depends on the seed alone, so that experts differ."""
     torch.manual_seed(seed)
     for name, parameter in adapter.named_parameters():
-        parameter.data.copy_((0.1 if "lora_B" in name else 0.2) * torch.randn(parameter.shape))  # in the order of its rows, however it lies in memory
+        # In the order of its rows, however it lies in memory.
+        parameter.data.copy_((0.1 if "lora_B" in name else 0.2) * torch.randn(parameter.shape))
     return adapter
 
 
@@ -156,13 +157,15 @@ def comet_folder(tmp_path_factory):
 
     folder, stream = tmp_path_factory.mktemp("comet"), meanings(random.Random(0))
     (folder / "text").write_text("\n".join([sentence(next(stream), lang) for _ in range(50) for lang in LANGUAGES]), encoding="utf-8")
-    sentencepiece.SentencePieceTrainer.train(input=str(folder / "text"), model_prefix=str(folder / "sp"), vocab_size=300, hard_vocab_limit=False, minloglevel=2)
+    sentencepiece.SentencePieceTrainer.train(input=str(folder / "text"), model_prefix=str(folder / "sp"), vocab_size=300,
+                                             hard_vocab_limit=False, minloglevel=2)
     tokenizer = XLMRobertaTokenizer(vocab_file=str(folder / "sp.model"))
     tokenizer.save_pretrained(folder / "encoder")
     torch.manual_seed(0)
-    XLMRobertaModel(XLMRobertaConfig(vocab_size=len(tokenizer) + 5, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
-                                     max_position_embeddings=514)).save_pretrained(folder / "encoder")
-    metric = comet_models.RegressionMetric(encoder_model="XLM-RoBERTa", pretrained_model=str(folder / "encoder"), layer="mix", hidden_sizes=[8])
+    XLMRobertaModel(XLMRobertaConfig(vocab_size=len(tokenizer) + 5, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+                                     intermediate_size=32, max_position_embeddings=514)).save_pretrained(folder / "encoder")
+    metric = comet_models.RegressionMetric(encoder_model="XLM-RoBERTa", pretrained_model=str(folder / "encoder"), layer="mix",
+                                           hidden_sizes=[8])
     (folder / "model/checkpoints").mkdir(parents=True)
     state = {"state_dict": metric.state_dict(), "hyper_parameters": dict(metric.hparams), "pytorch-lightning_version": "2.0.0"}
     torch.save(state, folder / "model/checkpoints/model.ckpt")

@@ -81,7 +81,8 @@ def server():
 
 
 def texts(root):
-    return {str(p.relative_to(root)): p.read_bytes() for part in (corpora.OPUS, corpora.FLORES) for p in (root / part).rglob("*") if p.is_file()}
+    files = (p for part in (corpora.OPUS, corpora.FLORES) for p in (root / part).rglob("*") if p.is_file())
+    return {str(p.relative_to(root)): p.read_bytes() for p in files}
 
 
 def archive(root, folder, prefix=""):
@@ -149,7 +150,8 @@ def test_archives_become_the_published_layout(server, tmp_path, monkeypatch):
     assert texts(tmp_path / "got") == texts(published)
     sources = json.loads((tmp_path / "got/sources.json").read_text())
     entry, = sources["de-en"]
-    assert entry == {"source": f"{server.url}/de-en.tar.gz", "sha256": known["de-en"][1], "files": entry["files"]} and len(entry["files"]) == 6
+    assert entry == {"source": f"{server.url}/de-en.tar.gz", "sha256": known["de-en"][1], "files": entry["files"]}
+    assert len(entry["files"]) == 6
     assert set(sources) == {*PAIRS, "flores-200"}
     count = len(server.asked)
     fetch(tmp_path / "got", PAIRS, CODES, "publisher")
@@ -265,7 +267,8 @@ def test_without_a_network_the_command_says_what_to_do(tmp_path, monkeypatch):
 
 
 def test_noise_is_counted_and_dropped_by_rule():
-    pairs = [("", "x"), ("a", "b"), ("a", "b"), ("OK", "OK"), ("Yes.", "Ja, das ist in der Tat so."), ("held", "c"), ("d", "gehalten"), ("e", "f")]
+    pairs = [("", "x"), ("a", "b"), ("a", "b"), ("OK", "OK"), ("Yes.", "Ja, das ist in der Tat so."), ("held", "c"),
+             ("d", "gehalten"), ("e", "f")]
     kept, count = clean(pairs, {"held"}, {"gehalten"}, ("duplicate", "identical", "length_ratio"), 5)
     assert kept == [("a", "b"), ("e", "f")]
     assert count == {"read": 8, "empty": 1, "in_dev_or_test": 2, "duplicate": 1, "identical": 1, "length_ratio": 1}

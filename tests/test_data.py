@@ -35,7 +35,8 @@ def test_chat_format_equals_the_published_template(name, shared):
         settings = json.loads((folder / "tokenizer_config.json").read_text())
         template, bos = settings["chat_template"], settings["bos_token"]
     ours = Tokenizer(folder, backbone.Config.load(folder))
-    lines = [line for lang in LANGUAGES for line in read_lines(shared / "data/flores200_dataset/devtest" / f"{LANGUAGES[lang].flores}.devtest")[:60]]
+    devtest = shared / "data/flores200_dataset/devtest"
+    lines = [line for lang in LANGUAGES for line in read_lines(devtest / f"{LANGUAGES[lang].flores}.devtest")[:60]]
     for line in lines:
         message = [{"role": "user", "content": f"Translate the following German sentences into Chinese: {line}"}]
         kwargs = {"bos_token": bos} if bos else {}
@@ -72,8 +73,9 @@ def test_labels_are_the_target_and_its_end_only(tokenizer, sentences):
             assert tokenizer.decode(trained[:-1]) == pair["tgt"]
             for copy in range(copies):
                 start = starts.pop(0)
-                assert tokens[start : start + len(example.ids) - 1].tolist() == example.ids[:-1].tolist()
-                assert places[:, copy].tolist() == list(range(start + example.prompt_length - 1, start + len(example.ids) - 1))  # each before its label
+                end = start + len(example.ids) - 1
+                assert tokens[start:end].tolist() == example.ids[:-1].tolist()
+                assert places[:, copy].tolist() == list(range(start + example.prompt_length - 1, end))  # each before its label
         assert not len(labels) and not len(at) and not starts
 
 

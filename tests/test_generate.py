@@ -76,7 +76,8 @@ def test_memory_bounds_change_no_result(engine, sentences, slots, prompts, monke
 
 
 def test_order_is_by_length_and_keeps_directions_together():
-    rows = [dict(src_lang=s, tgt_lang=t, src="x" * n) for n in (0, 200, 31, 7, 32, 120, 15, 16, 112) for t in ("zh", "is") for s in ("ru", "de")]
+    rows = [dict(src_lang=s, tgt_lang=t, src="x" * n)
+            for n in (0, 200, 31, 7, 32, 120, 15, 16, 112) for t in ("zh", "is") for s in ("ru", "de")]
     order = [rows[i] for i in decoding_order(rows)]
     assert sorted(decoding_order(rows)) == list(range(len(rows)))
     assert all(len(a["src"]) > len(b["src"]) - 16 for a, b in itertools.combinations(order, 2))

@@ -20,7 +20,8 @@ GPU = torch.device("cuda")
 def test_attention_over_rows_equals_a_loop(heads):
     torch.manual_seed(0)
     lengths = [5, 1, 130, 64, 17]
-    q, k, v = (torch.randn(1, n, sum(lengths), 64, device=GPU, dtype=torch.bfloat16, requires_grad=True) for n in (heads[0], heads[1], heads[1]))
+    q, k, v = (torch.randn(1, n, sum(lengths), 64, device=GPU, dtype=torch.bfloat16, requires_grad=True)
+               for n in (heads[0], heads[1], heads[1]))
     rows, grad = Rows.of(lengths, GPU), torch.randn(1, heads[0], sum(lengths), 64, device=GPU)
     fast = attention(q, k, v, rows=rows)
     slow = attention(*(x.float() for x in (q, k, v)), rows=rows)
@@ -30,7 +31,10 @@ def test_attention_over_rows_equals_a_loop(heads):
 
 
 @pytest.mark.parametrize("groups", [8, 2])
-@pytest.mark.parametrize("lengths, before, places", [([1] * 7, [0, 39, 7, 12, 20, 1, 30], None), ([5, 1, 30, 9, 9], [2, 38, 0, 0, 31], [6, 0, 3, 2, 5])], ids=["step", "prompts"])
+@pytest.mark.parametrize("lengths, before, places", [
+    ([1] * 7, [0, 39, 7, 12, 20, 1, 30], None),
+    ([5, 1, 30, 9, 9], [2, 38, 0, 0, 31], [6, 0, 3, 2, 5]),
+], ids=["step", "prompts"])
 def test_attention_over_a_cache_sees_each_rows_own_slots(lengths, before, places, groups):
     torch.manual_seed(0)
     q = torch.randn(1, 8, sum(lengths), 64, device=GPU, dtype=torch.bfloat16)
@@ -51,7 +55,8 @@ def test_training_equals_the_cpus(checkpoint, sentences, variant):
         lm = backbone.load(checkpoint, device, dtype)
         adapter.to(device)
         losses = forward_sums(lm, adapter, examples, dtype, 0.1, dropout=True)
-        found.append((losses[1].item(), [None if g is None else g.cpu() for g in torch.autograd.grad(losses[0], list(adapter.parameters()), allow_unused=True)]))
+        grads = torch.autograd.grad(losses[0], list(adapter.parameters()), allow_unused=True)
+        found.append((losses[1].item(), [None if g is None else g.cpu() for g in grads]))
     (loss, grads), *others = found
     for (other, theirs), close in zip(others, (1e-3, 0.05)):
         assert abs(other / loss - 1) < close
@@ -63,10 +68,12 @@ def test_training_equals_the_cpus(checkpoint, sentences, variant):
 
 @pytest.mark.parametrize("variant", ["crosslora", "lora", "molora-topk", None])
 def test_recorded_steps_give_what_the_cpu_gives(checkpoint, variant):
-    """Rows of different prompts and limits that take over places and leave them, steps recorded several times, or called one by one with experts in blocks."""
+    """Rows of different prompts and limits that take over places and leave them, steps recorded several times, or called one by
+    one with experts in blocks."""
     lm = backbone.load(checkpoint)
     adapter = None if variant is None else randomise(CrossLoRA(lm.cfg, list(LANGUAGES), rank=4, alpha=8, variant=variant))
-    make = lambda: iter([Row(i, list(range(5, 6 + 7 * (i % 5))), *(("de", "zh"), ("en", "is"), ("ru", "en"))[i % 3], 1 + (11 * i) % 83) for i in range(120)])
+    ways = (("de", "zh"), ("en", "is"), ("ru", "en"))
+    make = lambda: iter([Row(i, list(range(5, 6 + 7 * (i % 5))), *ways[i % 3], 1 + (11 * i) % 83) for i in range(120)])
     on_cpu = {row.key: row.out for row in decode(lm, adapter, torch.float32, make(), (), 8)}
     on_gpu = backbone.load(checkpoint, GPU)
     for record in (True, False):
@@ -78,7 +85,8 @@ def test_recorded_steps_in_bf16_are_the_steps(checkpoint, monkeypatch):
     """The kernels of bf16, attention over each row's own slots among them: recorded, and called one by one."""
     lm = backbone.load(checkpoint, GPU, torch.bfloat16)
     adapter = randomise(CrossLoRA(lm.cfg, list(LANGUAGES), rank=4, alpha=8)).to(GPU, torch.bfloat16)
-    run = lambda: {row.key: row.out for row in decode(lm, adapter, torch.bfloat16, iter([Row(i, list(range(5, 6 + 7 * (i % 5))), "de", "zh", 1 + (11 * i) % 83) for i in range(120)]), (), 80)}
+    make = lambda: iter([Row(i, list(range(5, 6 + 7 * (i % 5))), "de", "zh", 1 + (11 * i) % 83) for i in range(120)])
+    run = lambda: {row.key: row.out for row in decode(lm, adapter, torch.bfloat16, make(), (), 80)}
     recorded = run()
     monkeypatch.setattr(generate, "Recorded", CalledAnew)
     assert run() == recorded and len(recorded) == 120

@@ -20,7 +20,8 @@ LLAMA31 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_fa
 FORMS = {
     "llama-3": LlamaConfig(**SIZES, num_key_value_heads=2, rope_theta=500000.0, rms_norm_eps=1e-5),
     "llama-3.1": LlamaConfig(**SIZES, num_key_value_heads=2, rope_theta=500000.0, rope_scaling=LLAMA31),
-    "llama-3.2": LlamaConfig(**SIZES, num_key_value_heads=2, rope_theta=500000.0, rope_scaling=LLAMA31, tie_word_embeddings=True, head_dim=32),
+    "llama-3.2": LlamaConfig(**SIZES, num_key_value_heads=2, rope_theta=500000.0, rope_scaling=LLAMA31, tie_word_embeddings=True,
+                             head_dim=32),
     "llama-2": LlamaConfig(**SIZES, num_key_value_heads=4, rope_theta=10000.0),
     "qwen2.5": Qwen2Config(**SIZES, num_key_value_heads=2, rope_theta=1000000.0, tie_word_embeddings=False),
     "qwen2.5-tied": Qwen2Config(**SIZES, num_key_value_heads=2, rope_theta=1000000.0, tie_word_embeddings=True),
@@ -154,7 +155,8 @@ print(read("VmHWM") - before, sum(p.numel() * p.element_size() for p in lm.param
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak of a process can only be reset on Linux")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_loading_takes_the_model_and_one_shard(dtype, tmp_path):
-    sizes = dict(vocab_size=8000, hidden_size=512, intermediate_size=2048, num_hidden_layers=14, num_attention_heads=8, num_key_value_heads=2)
+    sizes = dict(vocab_size=8000, hidden_size=512, intermediate_size=2048, num_hidden_layers=14, num_attention_heads=8,
+                 num_key_value_heads=2)
     LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(tmp_path, max_shard_size="20MB")
     shards = [f.stat().st_size for f in tmp_path.glob("*.safetensors")]
     peak, weights = map(int, run("-c", LOAD, tmp_path, dtype).stdout.split())
@@ -215,7 +217,12 @@ def test_a_hub_model_is_pinned_to_the_commit_it_was_got_at(monkeypatch, tmp_path
     asked = []
     snapshot = tmp_path / "models--a--b" / "snapshots" / "0123abc"
     snapshot.mkdir(parents=True)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **kwargs: asked.append((name, kwargs["revision"])) or str(snapshot))
+
+    def download(name, **kwargs):
+        asked.append((name, kwargs["revision"]))
+        return str(snapshot)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert resolve("a/b") == (snapshot, "a/b@0123abc")
     assert resolve("a/b@0123abc") == (snapshot, "a/b@0123abc")
     assert resolve("a/b@refs/pr/3")[0] == snapshot

@@ -52,7 +52,8 @@ def source(sentences, tmp_path):
     rows = []
     for lang in list(LANGUAGES)[1:]:
         texts = [s["src"] for s in sentences if s["src_lang"] == lang]
-        rows += [{"src_lang": lang, "tgt_lang": "en", "src": t, "tgt": "x", "origin": "opus-100"} for t in texts[: 3 if lang == "is" else 9]]
+        rows += [{"src_lang": lang, "tgt_lang": "en", "src": t, "tgt": "x", "origin": "opus-100"}
+                 for t in texts[: 3 if lang == "is" else 9]]
     folder = tmp_path / "data"
     folder.mkdir()
     write_jsonl(folder / "pivot.source.jsonl", rows)
@@ -112,7 +113,8 @@ def test_pivot_keeps_the_first_good_pairs_whatever_the_rounds(share, source, tmp
         return text.get(fault, f"{tgt_lang} {number} same length"), "length" if fault == 2 else "stop"
 
     sources = {lang: [f"{lang} {number} same length" for number in range(300)] for lang in list(LANGUAGES)[1:]}
-    write_jsonl(source / "pivot.source.jsonl", [{"src_lang": lang, "tgt_lang": "en", "src": text} for lang, texts in sources.items() for text in texts])
+    rows = [{"src_lang": lang, "tgt_lang": "en", "src": text} for lang, texts in sources.items() for text in texts]
+    write_jsonl(source / "pivot.source.jsonl", rows)
     monkeypatch.setattr("baselines.engine_of", lambda args: Scripted())
     monkeypatch.setattr("scores.language_identifier", lambda languages: lambda text: text.split()[0])
     wanted = 16
@@ -127,7 +129,10 @@ def test_pivot_keeps_the_first_good_pairs_whatever_the_rounds(share, source, tmp
         good, faults = {}, Counter()
         for src in mine:
             hyp, finish = translation(y, src) if int(src.split()[1]) % 5 else ("", "stop")
-            why = ("en: empty" if not hyp else "cut_off" if finish == "length" else "off_target" if hyp[:2] != y else "length_ratio" if "long" in hyp
+            why = ("en: empty" if not hyp
+                   else "cut_off" if finish == "length"
+                   else "off_target" if hyp[:2] != y
+                   else "length_ratio" if "long" in hyp
                    else "duplicate" if hyp in good else None)
             if len(good) < wanted and not why:
                 good[hyp] = src
@@ -146,7 +151,8 @@ def test_pivot_keeps_the_first_good_pairs_whatever_the_rounds(share, source, tmp
 def test_pivot_shares_english_or_gives_each_direction_its_own_sentences(adapter_folder, source, tmp_path):
     """What the flag does to the data: with it the targets of a language are made of the same sentences, without it of none in common."""
     for flag in ("--share-english", "--no-share-english"):
-        inside(ROOT / "pivot.py", "--adapter", adapter_folder, "--data", source, "--out", tmp_path / flag, "--pairs", 9, "--max-new-tokens", 4, "--batch-size", 64, flag)
+        inside(ROOT / "pivot.py", "--adapter", adapter_folder, "--data", source, "--out", tmp_path / flag, "--pairs", 9,
+               "--max-new-tokens", 4, "--batch-size", 64, flag)
         rows = read_rows(tmp_path / flag / "rounds/1.english.jsonl")
         pool = Counter(r["src_lang"] for r in read_rows(source / "pivot.source.jsonl"))
         assert Counter(row["src_lang"] for row in rows) == pool and len({(row["src_lang"], row["src"]) for row in rows}) == len(rows)
@@ -154,7 +160,10 @@ def test_pivot_shares_english_or_gives_each_direction_its_own_sentences(adapter_
         assert len(report) == 20
         for x, count in pool.items():
             generated = [r["generated"] for d, r in report.items() if d.startswith(x)]
-            assert generated == [count] * 4 if flag == "--share-english" else sum(generated) == count and max(generated) - min(generated) <= 1
+            if flag == "--share-english":
+                assert generated == [count] * 4
+            else:
+                assert sum(generated) == count and max(generated) - min(generated) <= 1
 
 
 def test_pivot_bad_input(adapter_folder, source, tmp_path):
@@ -180,13 +189,15 @@ def test_bleu_is_sacrebleus(lang, tokenize):
 
 
 def test_rates():
-    rows = [{"tgt": "a", "hyp": "b", "finish": "length"}, {"tgt": "a", "hyp": "", "finish": "stop"}, {"tgt": "a", "hyp": "c"}, {"tgt": "d", "hyp": "d"}]
+    rows = [{"tgt": "a", "hyp": "b", "finish": "length"}, {"tgt": "a", "hyp": "", "finish": "stop"}, {"tgt": "a", "hyp": "c"},
+            {"tgt": "d", "hyp": "d"}]
     got = score(rows, "de", lambda text: {"b": "is", "c": "de", "a": "de", "d": "cs"}[text])
     assert (got["off_target"], got["off_target_ref"], got["cut_off"], got["empty"]) == (75, 25, 25, 25)
 
 
 def test_averages_are_over_directions():
-    directions = {f"{s}-{t}": dict(bleu=float(i), off_target=0, off_target_ref=0, cut_off=0, empty=0) for i, (s, t) in enumerate(all_directions(list(LANGUAGES)))}
+    directions = {f"{s}-{t}": dict(bleu=float(i), off_target=0, off_target_ref=0, cut_off=0, empty=0)
+                  for i, (s, t) in enumerate(all_directions(list(LANGUAGES)))}
     means = averages(directions)
     assert means["english"]["bleu"] == sum(range(10)) / 10
     assert means["non_english"]["bleu"] == sum(range(10, 30)) / 20

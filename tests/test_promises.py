@@ -14,8 +14,9 @@ from conftest import ROOT
 METHOD = ["model.py", "crosslora.py", "data.py", "train.py", "generate.py", "evaluate.py", "pivot.py"]
 LOWER = {"files", "kernels", "attention", "devices", "corpora", "data", "model", "experts", "crosslora"}
 BELOW = {  # what each script may import
-    "files.py": set(), "kernels.py": set(), "attention.py": set(), "devices.py": {"files"}, "corpora.py": {"files"}, "data.py": {"files", "corpora"},
-    "model.py": {"files", "kernels", "attention"}, "experts.py": {"kernels"}, "crosslora.py": {"files", "experts"},
+    "files.py": set(), "kernels.py": set(), "attention.py": set(), "devices.py": {"files"}, "corpora.py": {"files"},
+    "data.py": {"files", "corpora"}, "model.py": {"files", "kernels", "attention"}, "experts.py": {"kernels"},
+    "crosslora.py": {"files", "experts"},
     "generate.py": LOWER, "baselines.py": LOWER | {"generate"}, "plan.py": LOWER, "scores.py": LOWER, "tables.py": LOWER | {"scores"},
     "train.py": LOWER | {"plan"}, "pivot.py": LOWER | {"generate", "baselines", "scores", "tables"},
     "evaluate.py": LOWER | {"generate", "baselines", "scores", "tables"},
@@ -62,12 +63,14 @@ def test_the_makefile_is_the_map_of_the_method():
     assert re.findall(r"examples/tiny/(\w+)", compare) == ["world", "pretrain", "compare"]
     plan = subprocess.run(["make", "-n", "paper"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     steps = re.findall(r"(data\.py|train\.py --stage \d|pivot\.py|evaluate\.py --\S+)", plan)
-    assert steps == ["data.py", "train.py --stage 1", "pivot.py", "train.py --stage 2", *["evaluate.py --all-directions"] * 3, "evaluate.py --table"]
+    assert steps == ["data.py", "train.py --stage 1", "pivot.py", "train.py --stage 2",
+                     *["evaluate.py --all-directions"] * 3, "evaluate.py --table"]
 
 
 def test_every_flag_in_the_readme_exists():
     """Each --flag of a command line in README, Makefile or a script's own docstring is one that its script takes."""
-    takes = {path.name: set(re.findall(r'add_argument\("(--[\w-]+)"', path.read_text())) for path in [*ROOT.glob("*.py"), *ROOT.glob("examples/tiny/*.py")]}
+    scripts = [*ROOT.glob("*.py"), *ROOT.glob("examples/tiny/*.py")]
+    takes = {path.name: set(re.findall(r'add_argument\("(--[\w-]+)"', path.read_text())) for path in scripts}
     shared = takes["generate.py"] - {"--src", "--tgt", "--input", "--output"}
     for name in ("train.py", "pivot.py", "evaluate.py", "baselines.py"):
         takes[name] |= shared | {"--system"} if name != "train.py" else {"--device", "--dtype"}

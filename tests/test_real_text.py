@@ -47,7 +47,8 @@ def test_real_text_through_the_whole_chain(shared, tmp_path):
     pairs = read_rows(t / "data/stage2.flores.jsonl")[::5]
     write_jsonl(t / "pseudo/pseudo.train.jsonl", [{**r, "origin": "pseudo", "pivot": "-"} for r in pairs])
     inside(ROOT / "train.py", "--stage", 2, *train, "--pseudo", t / "pseudo", "--out", t / "stage2")
-    run(*TORCHRUN, ROOT / "evaluate.py", "--all-directions", "--adapter", t / "stage2/adapter", "--test", t / "data/test.jsonl", "--out", t / "scores", *decode)
+    run(*TORCHRUN, ROOT / "evaluate.py", "--all-directions", "--adapter", t / "stage2/adapter", "--test", t / "data/test.jsonl",
+        "--out", t / "scores", *decode)
     scores = json.loads((t / "scores/scores.json").read_text())
     assert len(scores["directions"]) == 30 and all(s["off_target_ref"] <= 34 for s in scores["directions"].values())
     assert sum(s["sentences"] for s in scores["directions"].values()) == 30 * 3 + len(HARD)

@@ -130,8 +130,10 @@ def test_a_training_step_is_eq_9_over_two_different_passes(checkpoint, sentences
     tokens = torch.tensor([token for e in twice for token in e.ids[:-1]])
     targets, lengths = [len(e.ids) - e.prompt_length for e in examples], [len(e.ids) - 1 for e in twice]
     ends = list(itertools.accumulate(lengths))
-    lora = adapter([e.src_lang for e in examples], [e.tgt_lang for e in examples], dropout=True, counts=[2 * (len(e.ids) - 1) for e in examples], last=[2 * n for n in targets])
-    wanted = [end - n + t for i, n in enumerate(targets) for t in range(n) for end in ends[2 * i : 2 * i + 2]]  # the last layer draws masks for these only
+    lora = adapter([e.src_lang for e in examples], [e.tgt_lang for e in examples], dropout=True,
+                   counts=[2 * (len(e.ids) - 1) for e in examples], last=[2 * n for n in targets])
+    # The last layer draws masks for these only.
+    wanted = [end - n + t for i, n in enumerate(targets) for t in range(n) for end in ends[2 * i : 2 * i + 2]]
     p = lm.head(lm(tokens[None], lora, rows=Rows.of(lengths, "cpu"), wanted=torch.tensor([wanted]))[0]).softmax(-1)
     nll = kl = count = 0
     for e in examples:
@@ -257,7 +259,8 @@ def test_stage_2_under_torchrun_sees_all_data(checkpoint, data, tmp_path):
     done = run(*TORCHRUN, *command(checkpoint, data, out, "--pseudo", data / "pseudo", "--micro-batch-size", 2, stage=2))
     assert json.loads((out / "config.json").read_text())["dtype"] == "float32"  # not "auto": resumed elsewhere it would be another
     config = json.loads((out / "summary.json").read_text())
-    assert config["train_pairs"] == sum(len(read_rows(data / f)) for f in ("stage1.train.jsonl", "stage2.flores.jsonl", "pseudo/pseudo.train.jsonl"))
+    files = ("stage1.train.jsonl", "stage2.flores.jsonl", "pseudo/pseudo.train.jsonl")
+    assert config["train_pairs"] == sum(len(read_rows(data / file)) for file in files)
     assert "batch 4 = 2 processes x 2 x accumulation 1" in done.stdout
     rows = read_rows(out / "metrics.jsonl")
     assert {"english", "non_english", "nll", "kl", "loss"} == set([r["dev"] for r in rows if "dev" in r][-1])
@@ -287,8 +290,9 @@ def test_two_machines_train_what_two_processes_train(checkpoint, data, tmp_path)
     port = socket.create_server(("127.0.0.1", 0)).getsockname()[1]
 
     def both_machines(out, *more):
-        agents = [subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", f"--node_rank={node}",
-                                    "--master_addr=127.0.0.1", f"--master_port={port}", *map(str, command(checkpoint, data, out, *more))],
+        agents = [subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1",
+                                    f"--node_rank={node}", "--master_addr=127.0.0.1", f"--master_port={port}",
+                                    *map(str, command(checkpoint, data, out, *more))],
                                    env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True) for node in (0, 1)]
         outputs = [agent.communicate(timeout=300)[0] for agent in agents]
         assert [agent.returncode for agent in agents] == [0, 0]
@@ -305,7 +309,8 @@ def test_training_leaves_an_absent_language_alone(checkpoint, data, tmp_path):
     """train.py itself, on data without Icelandic: its experts end as they were drawn, and AdamW has no state of them."""
     some = tmp_path / "data"
     shutil.copytree(data, some)
-    write_jsonl(some / "stage1.train.jsonl", [r for r in read_rows(data / "stage1.train.jsonl") if "is" not in (r["src_lang"], r["tgt_lang"])])
+    without = [r for r in read_rows(data / "stage1.train.jsonl") if "is" not in (r["src_lang"], r["tgt_lang"])]
+    write_jsonl(some / "stage1.train.jsonl", without)
     run(*TORCHRUN, *command(checkpoint, some, tmp_path / "run", "--micro-batch-size", 2, "--max-steps", 5, "--seed", 3))
     torch.manual_seed(3)
     start = CrossLoRA(backbone.load(checkpoint).cfg, list(LANGUAGES), rank=4)
@@ -350,7 +355,8 @@ def test_keep_best_keeps_the_lowest_dev_loss(checkpoint, data, tmp_path):
 
 def test_bad_input_is_one_line_before_any_work(checkpoint, data, adapter_folder, tmp_path):
     out = tmp_path / "out"
-    refuses(*command(checkpoint, data, out, "--micro-batch-size", 3), says="--batch-size 4 cannot be divided into 1 processes x --micro-batch-size 3")
+    refuses(*command(checkpoint, data, out, "--micro-batch-size", 3),
+            says="--batch-size 4 cannot be divided into 1 processes x --micro-batch-size 3")
     refuses(*command(checkpoint, data, out, stage=2), says="--pseudo")
     refuses(*command(checkpoint, data, out, "--pseudo", tmp_path, stage=2), says="finished pivot.py run")
     empty = tmp_path / "empty"
@@ -409,7 +415,9 @@ def test_dry_run_of_the_papers_backbones(name, frozen, trained, shared, tmp_path
 
 def test_dry_run_counts_what_training_sees(checkpoint, data, tmp_path):
     out = inside(*command(checkpoint, data, tmp_path / "out", "--dry-run"))
-    lengths = [len(e.ids) for e in encode(Tokenizer(checkpoint, backbone.Config.load(checkpoint)), read_rows(data / "stage1.train.jsonl"))[0]]
+    tokenizer = Tokenizer(checkpoint, backbone.Config.load(checkpoint))
+    lengths = [len(e.ids) for e in encode(tokenizer, read_rows(data / "stage1.train.jsonl"))[0]]
     refuses(*command(checkpoint, data, tmp_path / "out", "--dry-run", "--max-length", 5), says="no training pair fits")
-    assert f"{math.ceil((10 * 20997 + 20 * 18997) / 4):,} an epoch" in inside(*command(checkpoint, data, tmp_path / "out", "--dry-run", stage=2))
+    stage_2 = inside(*command(checkpoint, data, tmp_path / "out", "--dry-run", stage=2))
+    assert f"{math.ceil((10 * 20997 + 20 * 18997) / 4):,} an epoch" in stage_2
     assert f"{sum(lengths):,} an epoch" in out and f"longest {max(lengths)}" in out and not (tmp_path / "out").exists()

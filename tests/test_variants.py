@@ -23,7 +23,8 @@ STATIC = {  # written out by hand: experts of A and B for the directions above
     "shared-target": [("de", "all"), ("en", "all"), ("zh", "all"), ("is", "all")],
     "groups": [("en+de+is", "zh"), ("en+de+is", "en+de+is"), ("zh", "cs+ru"), ("en+de+is", "en+de+is")],
 }
-EXPERTS = {"crosslora": (6, 6), "lora": (1, 1), "molora-static": (30, 30), "molora-topk": (6, 6), "shared-source": (1, 6), "shared-target": (6, 1), "groups": (3, 3)}
+EXPERTS = {"crosslora": (6, 6), "lora": (1, 1), "molora-static": (30, 30), "molora-topk": (6, 6), "shared-source": (1, 6),
+           "shared-target": (6, 1), "groups": (3, 3)}
 
 
 def adapter_of(lm, variant, **kwargs):
@@ -100,7 +101,8 @@ PAPER = {"crosslora": 169_869_312, "lora": 169_869_312, "groups": 84_934_656, "s
 
 
 def test_counts_are_the_papers():
-    """Llama-3-8B from shapes, by the design; the share is of the backbone (the paper's 2.08 % lies between that and the share of the whole)."""
+    """Llama-3-8B from shapes, by the design; the share is of the backbone (the paper's 2.08 % lies between that and the share of
+    the whole)."""
     printed = inside(ROOT / "crosslora.py", "--counts")
     llama = printed.split("Qwen2.5-7B")[0]
     for variant, count in PAPER.items():
@@ -207,6 +209,7 @@ def test_a_learned_router_is_not_exported(lm, checkpoint, tmp_path):
 def test_the_dry_run_knows_the_variants(checkpoint, tmp_path):
     shape = types.SimpleNamespace(hidden_size=32, intermediate_size=backbone.Config.load(checkpoint).intermediate_size, num_hidden_layers=2)
     for variant in ("lora", "shared-target", "molora-topk"):
-        out = inside(ROOT / "train.py", "--stage", 1, "--dry-run", "--model", checkpoint, "--data", tmp_path / "none", "--adapter-type", variant)
+        out = inside(ROOT / "train.py", "--stage", 1, "--dry-run", "--model", checkpoint, "--data", tmp_path / "none",
+                     "--adapter-type", variant)
         count = sum(p.numel() for p in CrossLoRA(shape, list(LANGUAGES), variant=variant).parameters())
         assert f"{count:,} parameters, trained" in out

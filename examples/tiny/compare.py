@@ -60,8 +60,10 @@ def results_table(scores, sizes):
     header = ["system", "trained parameters", *(f"BLEU {c}" for c in COLUMNS.values()), "chrF++ Average", "off-target % Average"]
     lines = []
     for name, seeds in scores.items():
-        lines.append([name, f"{sizes[name]:,}" if sizes.get(name) else "", *(mean_and_spread([s[g]["bleu"] for s in seeds]) for g in COLUMNS),
-                      mean_and_spread([s["average"]["chrf"] for s in seeds]), mean_and_spread([s["average"]["off_target"] for s in seeds], 1)])
+        lines.append([name, f"{sizes[name]:,}" if sizes.get(name) else "",
+                      *(mean_and_spread([s[g]["bleu"] for s in seeds]) for g in COLUMNS),
+                      mean_and_spread([s["average"]["chrf"] for s in seeds]),
+                      mean_and_spread([s["average"]["off_target"] for s in seeds], 1)])
     return markdown(header, lines)
 
 
@@ -75,7 +77,10 @@ def claims_table(scores, paper):
             diffs = [a["average"]["bleu"] - b["average"]["bleu"] for a, b in zip(scores[first], scores[second])]
             error = statistics.stdev(diffs) / len(diffs) ** 0.5 if len(diffs) > 1 else float("inf")
             mean = statistics.mean(diffs)
-            verdict = "the seeds don't tell" if abs(mean) <= T_975.get(len(diffs) - 1, 2.26) * error else "agrees" if mean > 0 else "contradicts"
+            if abs(mean) <= T_975.get(len(diffs) - 1, 2.26) * error:
+                verdict = "the seeds don't tell"
+            else:
+                verdict = "agrees" if mean > 0 else "contradicts"
             lines.append([f"{first} over {second} ({table.replace('table', 'Table ')})", f"{theirs:+.2f}", mean_and_spread(diffs), verdict])
     return markdown(["claim", "paper", "here", "verdict"], lines)
 
@@ -103,7 +108,8 @@ def main():
     path, empty_page = Path(args.results), f"# A controlled comparison on the toy world\n\n{BEGIN}\n{END}\n"
     if path.exists() and not all(marker in path.read_text(encoding="utf-8") for marker in (BEGIN, END)):
         raise UserError(f"{path}: without the markers that compare.py writes between; choose another --results")
-    out, args.world, args.backbone = Path(args.out).resolve(), Path(args.world).resolve(), Path(args.backbone).resolve()  # children run in ROOT
+    # Children run in ROOT.
+    out, args.world, args.backbone = Path(args.out).resolve(), Path(args.world).resolve(), Path(args.backbone).resolve()
     (out / "logs").mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
@@ -115,7 +121,8 @@ def main():
 
     data, decode = out / "data", ("--max-new-tokens", 48, "--batch-size", 128)
     train = ("train.py", "--model", args.backbone, "--data", data, "--lr", args.lr, "--epochs", 1, "--micro-batch-size", 16)
-    run("data", "data.py", "--data", args.world, "--out", data, "--train-pairs", args.pairs, "--dev-pairs", 5, "--test-pairs", args.test_pairs)
+    run("data", "data.py", "--data", args.world, "--out", data, "--train-pairs", args.pairs, "--dev-pairs", 5,
+        "--test-pairs", args.test_pairs)
 
     def evaluate(name, folder, *engine):
         run(f"{name}-eval", "evaluate.py", "--all-directions", *engine, "--test", data / "test.jsonl", "--out", folder, *decode)
@@ -123,7 +130,8 @@ def main():
     def stage_1(seed):
         folder = out / f"seed{seed}"
         run(f"seed{seed}-stage1", *train, "--stage", 1, "--seed", seed, "--out", folder / "stage1")
-        run(f"seed{seed}-pivot", "pivot.py", "--adapter", folder / "stage1/adapter", "--data", data, "--out", folder / "pseudo", "--pairs", args.pairs, *decode)
+        run(f"seed{seed}-pivot", "pivot.py", "--adapter", folder / "stage1/adapter", "--data", data, "--out", folder / "pseudo",
+            "--pairs", args.pairs, *decode)
         evaluate(f"seed{seed}-stage1", folder / "scores/stage1", "--adapter", folder / "stage1/adapter")
 
     def stage_2(job):
@@ -145,9 +153,13 @@ def main():
               "CrossLoRA, Stage 1": [read_scores(out / f"seed{seed}" / "scores/stage1")["averages"] for seed in seeds]}
     scores.update({name: [means for n, means, _, _ in done if n == name] for name in systems})
     sizes, steps = {name: size for name, _, _, size in done}, sorted({(s, n == "Pseudo-corpora + Stage 1") for n, _, s, _ in done})
-    text = (f"{len(seeds)} seeds ({args.seeds}), mean ± standard deviation; {args.pairs} training pairs and {args.test_pairs} test sentences a direction; "
-            f"Stage 2 of {' or '.join(f'{s} steps (pseudo pairs only)' if few else f'{s} steps' for s, few in steps)} of 32, learning rate {args.lr} for all.\n\n"
-            + results_table(scores, sizes) + "\nThe paper's orderings, average BLEU on Llama-3-8B there, on the toy world here; a verdict only where the 95 % interval of the mean over the seeds leaves out zero:\n\n" + claims_table(scores, read_json(PAPER)))
+    lengths = " or ".join(f"{s} steps (pseudo pairs only)" if few else f"{s} steps" for s, few in steps)
+    text = (f"{len(seeds)} seeds ({args.seeds}), mean ± standard deviation; {args.pairs} training pairs and {args.test_pairs} test "
+            f"sentences a direction; Stage 2 of {lengths} of 32, learning rate {args.lr} for all.\n\n"
+            + results_table(scores, sizes)
+            + "\nThe paper's orderings, average BLEU on Llama-3-8B there, on the toy world here; a verdict only where the 95 % "
+              "interval of the mean over the seeds leaves out zero:\n\n"
+            + claims_table(scores, read_json(PAPER)))
     path.parent.mkdir(parents=True, exist_ok=True)
     page = path.read_text(encoding="utf-8") if path.exists() else empty_page
     write_atomic(path, page[: page.index(BEGIN)] + f"{BEGIN}\n\n{text}\n{page[page.index(END):]}")
