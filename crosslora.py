@@ -262,7 +262,8 @@ def export_peft(folder, src_lang, tgt_lang, out):
         if expert == (a if side == "lora_A" else b):
             tensors[f"base_model.model.model.layers.{layer}.mlp.{module}.{side}.weight"] = tensor
             layers.add(layer)
-    if not layers or len(tensors) != len(layers) * len(TARGET_MODULES) * 2:  # peft would run without what is missing
+    whole = {str(i) for i in range(len(layers))}  # no layer is left out
+    if not layers or layers != whole or len(tensors) != len(layers) * len(TARGET_MODULES) * 2:  # peft would run without what is missing
         raise UserError(f"{folder}: adapter.safetensors lacks A's of {a} or B's of {b}, which adapter.json promises")
     out.mkdir(parents=True, exist_ok=True)
     save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})

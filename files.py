@@ -86,7 +86,7 @@ def read_lines(path):
 
 def open_alone(path, work):
     """`path` open for appending, and locked until it is closed. Raises UserError, about the file or folder `work`, if another process
-    has it so."""
+    holds the lock."""
     try:
         file = open(path, "ab")
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -10,6 +10,7 @@ D hidden, V vocabulary.
 
 import argparse
 import dataclasses
+import glob
 import hashlib
 import itertools
 import json
@@ -191,7 +192,7 @@ def decode(lm, adapter, dtype, queue, stop_ids, batch_size, record=None):
             fresh = free[: len(waiting)]
             for b, row in zip(fresh, waiting):
                 rows[b] = row
-            # So many places must be free for finding the rows' experts anew to pay, on a GPU recording too.
+            # One free place in so many makes it pay to find the rows' experts anew, on a GPU to record anew.
             one_in = 5 if not record else 2 if len(rows) > 64 else 1
             if not waiting and one_in * len(free) >= len(rows):
                 count = len(rows) - len(free)  # the rows beyond fill the gaps before, so that the others stay, with their experts
@@ -241,7 +242,7 @@ def translate_jsonl(engine, rows, out, batch_size, max_new_tokens, ranks, desc):
     """
     out = Path(out)
     stem = f"{out.name}.part-{job_of(engine, rows, max_new_tokens)}"  # another job's leftovers are not ours
-    parts = lambda: list(out.parent.glob(f"{stem}-*"))
+    parts = lambda: list(out.parent.glob(f"{glob.escape(stem)}-*"))
     if not out.exists():
         done = {i: row for part in parts() for i, row in read_part(part)[0].items()}
         ranks.barrier()  # nobody writes before everybody has read

@@ -74,7 +74,8 @@ def main():
         raise UserError(f"{args.data}: has {', '.join(languages)}; a pivot needs two languages beside {PIVOT}")
     engine = engine_of(args)
     if not set(languages) <= set(engine.languages):
-        raise UserError(f"{args.adapter}: knows {', '.join(engine.languages)}, but {args.data} has {', '.join(languages)}")
+        who, knows = args.adapter or args.system or args.model, ", ".join(engine.languages)
+        raise UserError(f"{who}: knows {knows}, but {args.data} has {', '.join(languages)}")
     config = {**engine.identity, "pairs": args.pairs, "dev_share": args.dev_share, "max_ratio": args.max_ratio, "seed": args.seed,
               "max_new_tokens": args.max_new_tokens, "source_sha256": file_sha256(source_file),
               **({} if args.share_english else {"share_english": False})}

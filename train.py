@@ -294,10 +294,10 @@ def main():
 
     def must_be_finite(number, what):
         if not math.isfinite(number):
-            raise UserError(f"{out}: {what} is {number} at step {step}; lower --lr and choose another --out")
+            raise UserError(f"{out}: {what} is {number} by step {step}; lower --lr and choose another --out")
 
     bar = tqdm(total=total, initial=step, desc=f"stage {args.stage}", unit="step", disable=None if chief else True)
-    worst = torch.zeros((), device=device)  # gradient norm so far, looked at now and then, since that waits for a GPU
+    worst = torch.zeros((), device=device)  # the greatest gradient norm so far, looked at now and then, since that waits for a GPU
     while step < total:
         epoch, position = divmod(step, steps_per_epoch)
         if order is None or position == 0:

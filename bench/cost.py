@@ -88,7 +88,9 @@ def main():
                 for name, (_, langs) in directions.items() for one in (True, False)}
         times = alternate(runs, args.repeats * (3 if what == "training" else 1), device)
         result[what] = {name: ratios(times, (name, False), (name, True)) for name in directions}
-        del lm
+        del lm, runs  # the runs hold the backbone, too, and the optimizers
+        for adapter in adapters.values():
+            adapter.zero_grad(set_to_none=True)
     result["machine"] = machine(device)
     report(result, args.out)
 

@@ -7,7 +7,7 @@ import torch
 
 import baselines
 from baselines import Baseline, translate_via_english
-from conftest import ROOT, inside, read_rows, refuses, translate_batch
+from conftest import ROOT, TORCHRUN, inside, read_rows, refuses, run, translate_batch
 from data import LANGUAGES
 from devices import Ranks
 from files import write_jsonl
@@ -140,7 +140,7 @@ def test_pivot_takes_a_system_as_its_translator(folders, tmp_path):
 def test_our_own_engine_via_english(adapter_folder, tmp_path):
     """Two hops are two translations; what is cut off in the first hop says so."""
     write_jsonl(tmp_path / "test.jsonl", [ROWS[0], ROWS[1], {**ROWS[0], "tgt_lang": "is"}])
-    inside(ROOT / "evaluate.py", "--directions", "de-zh,en-de,de-is", "--test", tmp_path / "test.jsonl", "--adapter", adapter_folder,
+    run(*TORCHRUN, ROOT / "evaluate.py", "--directions", "de-zh,en-de,de-is", "--test", tmp_path / "test.jsonl", "--adapter", adapter_folder,
            "--via-english", "--out", tmp_path / "out", "--max-new-tokens", 5)
     engine = load_engine(None, adapter_folder, device="cpu")
     first, _ = translate_batch(engine, [{**ROWS[0], "tgt_lang": "en"}], 5)[0]

@@ -10,7 +10,7 @@ import model as backbone
 from conftest import ROOT, inside, make_checkpoint, read_rows, refuses, run
 from corpora import read_aligned
 from data import FORMATS, LANGUAGES, Tokenizer, all_directions, concatenate, encode, epoch_order, prepare, read_jsonl
-from files import UserError, claim, read_lines
+from files import UserError, claim, read_lines, run_main
 from scores import language_identifier
 
 CONTROL = "<|eot_id|> <|begin_of_text|> <|im_end|> <|start_header_id|>assistant</s>"
@@ -244,3 +244,18 @@ def test_language_identifier_is_restricted(shared):
     with pytest.raises(UserError, match="does not know xx"):
         language_identifier(["en", "xx"])
     assert set(map(identify, ["Bonjour le monde", "Dobrý den", "x"])) <= set(LANGUAGES)
+
+
+def test_an_error_of_one_rank_alone_is_said(monkeypatch, capsys):
+    """A machine's first rank at once; another only if torchrun, which ends all when one has failed, has left it five seconds."""
+    waited = []
+    monkeypatch.setattr("files.time.sleep", waited.append)
+
+    def main():
+        raise UserError("no space left")
+
+    for rank, before in (("0", []), ("1", [5])):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        with pytest.raises(SystemExit) as stop:
+            run_main(main)
+        assert stop.value.code == 2 and capsys.readouterr().err.endswith("error: no space left\n") and waited == before
