@@ -59,19 +59,29 @@ def report(result, out):
         Path(out).write_text(json.dumps(result, indent=1) + "\n")
 
 
+def real_tokenizer(size, shared):
+    """Folder of the published tokenizer of a size's family, or None where `shared` has none."""
+    folder = Path(shared) / "tokenizers" / SIZES[size]["tokenizer"]
+    return folder if (folder / "tokenizer.json").exists() else None
+
+
+def checkpoint_folder(args):
+    """Where make_checkpoint's checkpoint is, one with a real tokenizer and one with the toy world's apart."""
+    return Path(args.work) / (args.size + ("" if real_tokenizer(args.size, args.shared) else "-toy"))
+
+
 def make_checkpoint(size, folder, shared, device):
     """config.json of a size in `folder`, with the real tokenizer of its family, or the toy world's where `shared` has none, and
     on a CPU random weights, saved by transformers. Returns the peer's model class and configuration."""
     shape = dict(SIZES[size])
-    kind, tokenizer = shape.pop("kind"), shape.pop("tokenizer")
+    kind, _ = shape.pop("kind"), shape.pop("tokenizer")
     classes = {"llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
                "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM)}
     config_class, model_class = classes[kind]
     done = folder / ("config.json" if device.type == "cuda" else "model.safetensors")
     if not done.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        real = Path(shared) / "tokenizers" / tokenizer
-        if (real / "tokenizer.json").exists():
+        if real := real_tokenizer(size, shared):
             raw = json.loads((real / "tokenizer.json").read_text(encoding="utf-8"))
             raw["added_tokens"] = [token for token in raw["added_tokens"] if token["id"] < shape["vocab_size"]]
             (folder / "tokenizer.json").write_text(json.dumps(raw), encoding="utf-8")
@@ -240,10 +250,12 @@ def machine(device):
     else:
         processors = (line.split(":")[1].strip() for line in open("/proc/cpuinfo") if "model name" in line)
         name = next(processors, platform.machine())
+    described = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True)
+    commit = described.stdout.strip() or None  # of a copy without its history
     tuning = ("LD_PRELOAD", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_", "GLIBC_TUNABLES",
               "PYTORCH_CUDA_ALLOC_CONF")
     return {"device": name, "instructions": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads(),
-            "torch": torch.__version__, "transformers": transformers.__version__,
+            "torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__, "commit": commit,
             "allocator": {k: os.environ[k] for k in tuning if k in os.environ} or "default",
             "date": time.strftime("%Y-%m-%d")}
 

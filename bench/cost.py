@@ -10,12 +10,11 @@ optimizer's included, whose work grows with the experts that a batch uses. Print
 import copy
 import itertools
 import random
-from pathlib import Path
 
 import torch
 
-from common import (alternate, bench_parser, load_both, lower, machine, make_checkpoint, prompts_and_limits, random_adapter, ratios,
-                    report, sentence_rows, tokenizer_of, training_settings)
+from common import (alternate, bench_parser, checkpoint_folder, load_both, lower, machine, make_checkpoint, prompts_and_limits,
+                    random_adapter, ratios, report, sentence_rows, tokenizer_of, training_settings)
 
 import model as backbone
 from data import LANGUAGES, encode
@@ -33,7 +32,7 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     device, dtype = device_and_dtype("auto")
-    folder = Path(args.work) / args.size
+    folder = checkpoint_folder(args)
     make_checkpoint(args.size, folder, args.shared, device)
     cfg = backbone.Config.load(folder)
     tokenizer = tokenizer_of(args.size, folder, cfg)

@@ -13,13 +13,12 @@ compared in fp32 and timed in bf16. Prints one JSON line.
 import copy
 import statistics
 import sys
-from pathlib import Path
 
 import torch
 from transformers import StoppingCriteria
 
-from common import (Side, alternate, bench_parser, load_both, lower, machine, matmul_rate, now, prompts_and_limits, ratios, report,
-                    sentence_rows, serve, spread, tokenizer_of)
+from common import (Side, alternate, bench_parser, checkpoint_folder, load_both, lower, machine, matmul_rate, now, prompts_and_limits,
+                    ratios, report, sentence_rows, serve, spread, tokenizer_of)
 
 import model as backbone
 from devices import device_and_dtype
@@ -73,7 +72,7 @@ def main():
     device, dtype = device_and_dtype("auto")
     if args.alone and device.type == "cpu":
         parser.error("--alone is for a GPU")
-    folder = Path(args.work) / args.size
+    folder = checkpoint_folder(args)
     lm, adapter, peer = load_both(args.size, folder, args.shared, device, args.side)
     cfg = backbone.Config.load(folder)
     tokenizer = tokenizer_of(args.size, folder, cfg)
@@ -86,11 +85,16 @@ def main():
         layer_weights = sum(p.numel() for p in lm.model.layers.parameters())
         lm.pack()
 
+    def whole(outputs, order):
+        """These outputs, if each is there and as long as it was to be."""
+        assert {i: len(out) for i, out in outputs.items()} == {i: limits[i] for i in order}
+        return outputs
+
     def ours(one_way=False, dtype=dtype, which=range(len(rows))):
         order = [i for i in decoding_order(every) if i in which]
         langs = [("de", "zh") if one_way else (row["src_lang"], row["tgt_lang"]) for row in every]
         queue = (Row(i, prompts[i], *langs[i], limits[i]) for i in order)
-        return {row.key: row.out for row in decode(lm, adapter, dtype, queue, (), args.batch_size)}
+        return whole({row.key: row.out for row in decode(lm, adapter, dtype, queue, (), args.batch_size)}, order)
 
     def both_ways():
         merged = {"merged": copy.deepcopy(peer).merge_and_unload().eval()}
@@ -107,7 +111,7 @@ def main():
             tried.append(round(now(device) - started, 2))
         size, kind = settings[tried.index(min(tried))]
         chosen, seconds = peers[kind], {f"batch {size}, {kind}": t for (size, kind), t in zip(settings, tried)}
-        return lambda: peer_decode(chosen, prompts, limits, order, size, device), seconds
+        return lambda: whole(peer_decode(chosen, prompts, limits, order, size, device), order), seconds
 
     if args.side:
         run, tried = (ours, None) if args.side == "ours" else theirs(orders[args.side], both_ways())

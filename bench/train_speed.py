@@ -11,13 +11,12 @@ share the frozen weights, and the peers' LoRA runs under autocast. Prints one JS
 """
 
 import statistics
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from common import (Side, alternate, bench_parser, load_both, lower, machine, matmul_rate, peak_bytes, ratios, report, resident_bytes,
-                    sentence_rows, serve, tokenizer_of, training_settings, trim)
+from common import (Side, alternate, bench_parser, checkpoint_folder, load_both, lower, machine, matmul_rate, peak_bytes, ratios, report,
+                    resident_bytes, sentence_rows, serve, tokenizer_of, training_settings, trim)
 
 import model as backbone
 from crosslora import TARGET_MODULES
@@ -91,7 +90,7 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     device, dtype = device_and_dtype("auto")
-    folder = Path(args.work) / args.size
+    folder = checkpoint_folder(args)
     empty = resident_bytes(device)
     lm, adapter, peer = load_both(args.size, folder, args.shared, device, args.side)
     if lm:

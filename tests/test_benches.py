@@ -63,6 +63,8 @@ def test_benches_run_and_agree_with_their_peers(bench, tmp_path):
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert result == json.loads((tmp_path / "x.json").read_text()) and result["sentences"] == "toy world"
+    assert (tmp_path / "XS-toy/model.safetensors").exists()
+    assert {"torch", "transformers", "peft", "commit", "date"} <= set(result["machine"])
     if bench == "train_speed":
         assert max(result["agreement"].values()) < 1e-4 and result["ratio_usual"]["n"] == 2
         assert set(result["peak_mib"]) == {"ours", "usual", "tuned"}
