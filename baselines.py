@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from data import LANGUAGES, PIVOT, read_jsonl
+from data import LANGUAGES, PIVOT, group_of, read_jsonl
 from devices import device_and_dtype, dtype_name, init_distributed
 from files import UserError, at_least, check_output, hub_snapshot, reason, run_main, write_jsonl
 from generate import add_translation_arguments, finished, job_of, load_engine, translate_jsonl
@@ -92,8 +92,10 @@ class Baseline:
             else:
                 codes = self.system.codes
                 text = self.system.prompt.format(src=codes[row["src_lang"]], tgt=codes[row["tgt_lang"]], text=row["src"].strip())
-            cut.append(len(self.tokenizer(text, verbose=False).input_ids) > limit)
-            ids.append(self.tokenizer(text, truncation=True, max_length=limit).input_ids)
+            ids.append(self.tokenizer(text, verbose=False).input_ids)
+            cut.append(len(ids[-1]) > limit)
+            if cut[-1]:
+                ids[-1] = self.tokenizer(text, truncation=True, max_length=limit).input_ids
         batch = self.tokenizer.pad({"input_ids": ids}, return_tensors="pt").to(self.device)  # (B, T)
         settings = {"num_beams": self.system.beams, "do_sample": False, "no_repeat_ngram_size": self.system.no_repeat}
         if self.system.prompt is None:
@@ -137,9 +139,10 @@ def translate_via_english(engine, rows, out, batch_size, max_new_tokens, ranks, 
     hops = [out.with_name(f"{out.name}.{hop}-{job}") for hop in ("to-english", "from-english")]
     if not out.exists():
         key = lambda row: (row["src_lang"], row["src"])
-        first = {key(row): {**row, "tgt_lang": PIVOT} for row in rows if PIVOT not in (row["src_lang"], row["tgt_lang"])}
+        two_hops = lambda row: group_of(row["src_lang"], row["tgt_lang"]) == "non_english"
+        first = {key(row): {**row, "tgt_lang": PIVOT} for row in rows if two_hops(row)}
         pivot = {key(row): row for row in translate_jsonl(engine, list(first.values()), hops[0], *work)}
-        middle = [pivot[key(row)] if PIVOT not in (row["src_lang"], row["tgt_lang"]) else None for row in rows]
+        middle = [pivot[key(row)] if two_hops(row) else None for row in rows]
         second = [{**row, "src_lang": PIVOT, "src": m["hyp"]} if m else row for row, m in zip(rows, middle)]
         done = iter(translate_jsonl(engine, [row for row in second if row["src"].strip()], hops[1], *work))
         result = []
@@ -166,6 +169,13 @@ def engine_of(args):
     return Baseline(args.system, args.model, args.device, args.dtype)
 
 
+def check_languages(engine, languages, who):
+    """Raises UserError if the engine, which the user knows as `who`, has nothing for one of these languages, a set."""
+    strangers = sorted(languages - set(engine.languages))
+    if strangers:
+        raise UserError(f"{who}: no expert for {', '.join(strangers)}; it has {', '.join(engine.languages)}")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--system", required=True, choices=list(SYSTEMS), help="section 4.3")
@@ -179,9 +189,7 @@ def main():
     rows = read_jsonl(args.input, need=("src",))
     ranks = init_distributed(args.device)
     engine = Baseline(args.system, args.model, args.device, args.dtype)
-    strangers = sorted({row[side] for row in rows for side in ("src_lang", "tgt_lang")} - set(engine.languages))
-    if strangers:
-        raise UserError(f"--system {args.system}: no code for {', '.join(strangers)} in baselines.py")
+    check_languages(engine, {row[side] for row in rows for side in ("src_lang", "tgt_lang")}, args.system)
     translate = translate_via_english if engine.via_english else translate_jsonl
     translate(engine, rows, Path(args.output), args.batch_size, args.max_new_tokens, ranks, args.system)
     if ranks.rank == 0:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from baselines import add_system_argument, engine_of, translate_via_english
+from baselines import add_system_argument, check_languages, engine_of, translate_via_english
 from data import LANGUAGES, all_directions, read_jsonl
 from devices import claim_run, init_distributed
 from files import UserError, at_least, file_sha256, read_json, run_main, write_atomic, write_jsonl
@@ -89,10 +89,7 @@ def main():
     engine, via_english = None, False
     if not args.hypotheses:
         engine = engine_of(args)
-        strangers = sorted({lang for pair in rows for lang in pair} - set(engine.languages))
-        if strangers:
-            who, has = args.adapter or args.system or args.model, ", ".join(engine.languages)
-            raise UserError(f"{who}: no expert for {', '.join(strangers)}; it has {has}")
+        check_languages(engine, {lang for pair in rows for lang in pair}, args.adapter or args.system or args.model)
         via_english = args.via_english or engine.via_english
         config.update(engine.identity, max_new_tokens=args.max_new_tokens, via_english=via_english)
     identify = language_identifier(LANGUAGES)

@@ -225,8 +225,9 @@ def main():
     config = {k: v for k, v in vars(args).items() if k not in may_change}
     config.update(languages=languages, prompt_format=tokenizer.format, tokenizer_sha256=tokenizer.sha256, dtype=dtype_name(dtype),
                   files={f.name: file_sha256(f) for f in files})
-    with torch.device("meta"):  # refuses --groups and --top-k that don't fit
-        adapter = CrossLoRA(cfg, languages, args.rank, args.alpha, args.dropout, args.adapter_type, args.groups, args.top_k)
+    fresh = lambda: CrossLoRA(cfg, languages, args.rank, args.alpha, args.dropout, args.adapter_type, args.groups, args.top_k)
+    with torch.device("meta"):
+        adapter = fresh()  # refuses --groups and --top-k that don't fit
     if args.init_adapter:
         was = read_description(args.init_adapter)
         now = {"variant": args.adapter_type, "languages": languages, "rank": args.rank, "alpha": args.alpha, "groups": adapter.groups,
@@ -249,7 +250,7 @@ def main():
     args.micro_batch_tokens = pass_tokens(args, cfg, device.type)
     fingerprint = model.fingerprint()
     torch.manual_seed(args.seed)
-    adapter = CrossLoRA(cfg, languages, args.rank, args.alpha, args.dropout, args.adapter_type, args.groups, args.top_k)
+    adapter = fresh()
     if args.init_adapter:
         adapter.load_state_dict(load_adapter(args.init_adapter, cfg, fingerprint, tokenizer.sha256)[0].state_dict())
     adapter.to(device)

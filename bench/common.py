@@ -74,7 +74,8 @@ def make_checkpoint(size, folder, shared, device):
     """config.json of a size in `folder`, with the real tokenizer of its family, or the toy world's where `shared` has none, and
     on a CPU random weights, saved by transformers. Returns the peer's model class and configuration."""
     shape = dict(SIZES[size])
-    kind, _ = shape.pop("kind"), shape.pop("tokenizer")
+    kind = shape.pop("kind")
+    del shape["tokenizer"]
     classes = {"llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
                "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM)}
     config_class, model_class = classes[kind]
