@@ -20,6 +20,7 @@ MKL = getattr(torch.ops.mkl, "_mkl_linear", None) if INTEL and torch.backends.mk
 ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if X86 and torch.backends.mkldnn.is_available() else None
 BF16 = ONEDNN if "avx512_bf16" in CPU else None  # what multiplies bf16; without such instructions it would be no faster than fp32
 LOGITS = {"cpu": 2**23, "cuda": 2**27}  # elements held at one time; blocks over 32 MiB glibc returns at once, and fresh pages cost time
+AT_LEAST = 256  # rows of logits, whatever the vocabulary: a product of fewer loses more than those pages cost
 BLOCK = 2**20  # of those, elements that a CPU works on together: 4 MiB stay in its caches from one operation to the next
 
 
@@ -211,7 +212,7 @@ class HeadLoss(torch.autograd.Function):
         wanted, grad = ctx.needs_input_grad[0], torch.empty_like(hidden)  # (N, P, D)
         nll, kl = torch.zeros(2, device=hidden.device).unbind()
         P, V = hidden.shape[1], weight.shape[0]
-        at_once = max(1, LOGITS[hidden.device.type] // (P * V))
+        at_once = max(1, AT_LEAST // P, LOGITS[hidden.device.type] // (P * V))
         block = at_once if hidden.is_cuda else max(1, BLOCK // (P * V))
         for some, grad_part, targets in zip(*(x.split(at_once) for x in (hidden, grad, labels))):
             logits = product(some, weight)  # (n, P, D) x (D, V) -> (n, P, V)

@@ -10,7 +10,7 @@ import model as backbone
 from crosslora import CrossLoRA
 from data import LANGUAGES, Tokenizer, encode, read_stage_data, target_count
 from files import UserError, resolve
-from kernels import LOGITS
+from kernels import AT_LEAST, LOGITS
 
 
 def pass_tokens(args, cfg, device):
@@ -100,7 +100,7 @@ def dry_run(args):
             rows = min(math.ceil(max(1, tokens / length)), args.batch_size)
         # fp32 weight, gradient and two moments are 16 bytes a trained parameter; a GPU copies the experts that are present; beside the
         # logits that are there at one time the loss holds about three fp32 copies of them
-        logits = min(LOGITS[device], rows * passes * targets * cfg.vocab_size)
+        logits = min(max(LOGITS[device], AT_LEAST * cfg.vocab_size), rows * passes * targets * cfg.vocab_size)
         activations = saved_bytes(cfg, rows * passes, length, rows * passes * targets, element) + logits * (3 * 4 + element)
         parts = [n / 2**30 for n in (weights * element, 16 * trained, copied * element, activations)]
         print(f"memory:     at most {sum(parts):.1f} GiB a process, {what}: weights {parts[0]:.1f}, adapter with gradient and Adam "

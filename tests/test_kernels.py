@@ -208,8 +208,9 @@ def test_head_loss_is_the_same_in_every_cut(passes, monkeypatch):
     nll = -sum(logp[n, p, y] for n, y in enumerate(labels) for p in range(passes)) / passes
     kl = sum(F.kl_div(logp[:, p], logp[:, 1 - p], reduction="sum", log_target=True) for p in range(passes)) / 2 if passes == 2 else nll * 0
     (wanted,) = torch.autograd.grad(nll + 0.7 * kl, hidden)
-    for logits, block in ((2**23, 2**20), (500, 2**20), (2**23, 200), (700, 1), (1, 1)):
+    for logits, rows, block in ((2**23, 256, 2**20), (500, 1, 2**20), (1, 14, 2**20), (2**23, 1, 200), (700, 1, 1), (1, 1, 1)):
         monkeypatch.setattr(kernels, "LOGITS", {"cpu": logits})
+        monkeypatch.setattr(kernels, "AT_LEAST", rows)
         monkeypatch.setattr(kernels, "BLOCK", block)
         parts = kernels.head_loss(hidden, head, labels, 0.7)
         assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in zip(parts, (nll + 0.7 * kl, nll, kl)))
