@@ -30,8 +30,8 @@ class Adapted(torch.autograd.Function):
         A, B = experts[: len(a_sizes)], experts[len(a_sizes) :]
         y = product(x, weight, bias)  # eq. 1, W_0 x: (N, D_in) x (D_in, D_out) -> (N, D_out)
         h = x.new_empty(len(x), A[0].shape[0])  # (N, R)
-        for x_run, m, A_run, h_run in zip(x.split(a_sizes), split_or_none(mask, a_sizes), A, h.split(a_sizes)):
-            x_run = x_run if m is None else m.to(x.dtype).mul_(x_run)  # the product with int8 itself would make two tensors
+        dropped = x if mask is None else mask.to(x.dtype).mul_(x)  # the product with int8 itself would make two tensors
+        for x_run, A_run, h_run in zip(dropped.split(a_sizes), A, h.split(a_sizes)):
             torch.mm(x_run, A_run.t(), out=h_run)  # (n, D_in) x (D_in, R)
         h *= scale
         for y_run, h_run, B_run in zip(y.split(b_sizes), h.split(b_sizes), B):
@@ -50,19 +50,17 @@ class Adapted(torch.autograd.Function):
         by_h *= scale
         # (N, D_out) x (D_out, D_in) -> (N, D_in); nothing is wanted below the first adapter
         by_x = product(grad, weight.t()) if ctx.needs_input_grad[0] else None
-        each = zip(x.split(a_sizes), split_or_none(mask, a_sizes), A, by_h.split(a_sizes), split_or_none(by_x, a_sizes))
-        for x_run, m, A_run, by_h_run, by_x_run in each:
-            m = None if m is None else m.to(x.dtype)
-            if by_x is not None:
+        m = None if mask is None else mask.to(x.dtype)
+        if by_x is not None:
+            by_dropped = torch.zeros_like(x)
+            for by_h_run, A_run, by_run in zip(by_h.split(a_sizes), A, by_dropped.split(a_sizes)):
                 # (n, R) x (R, D_in), added to zeros, since MKL takes up to five times as long where it does not add
-                by_dropped = torch.zeros_like(x_run).addmm_(by_h_run, A_run)
-                by_x_run.add_(by_dropped) if m is None else by_x_run.addcmul_(by_dropped, m)
-            by_A.append(by_h_run.t() @ (x_run if m is None else m.mul_(x_run)))  # (R, n) x (n, D_in)
+                by_run.addmm_(by_h_run, A_run)
+            by_x.add_(by_dropped) if m is None else by_x.addcmul_(by_dropped, m)
+        dropped = x if m is None else m.mul_(x)
+        for x_run, by_h_run in zip(dropped.split(a_sizes), by_h.split(a_sizes)):
+            by_A.append(by_h_run.t() @ x_run)  # (R, n) x (n, D_in)
         return by_x, *[None] * 6, *by_A, *by_B
-
-
-def split_or_none(x, sizes):
-    return [None] * len(sizes) if x is None else x.split(sizes)
 
 
 class PerRow:
