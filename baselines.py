@@ -137,7 +137,7 @@ def translate_via_english(engine, rows, out, batch_size, max_new_tokens, ranks, 
     out, work = Path(out), (batch_size, max_new_tokens, ranks, desc)
     job = job_of(engine, rows, max_new_tokens)  # another job's hops are not ours
     hops = [out.with_name(f"{out.name}.{hop}-{job}") for hop in ("to-english", "from-english")]
-    if not out.exists():
+    if not ranks.of_first(out.exists()):
         key = lambda row: (row["src_lang"], row["src"])
         two_hops = lambda row: group_of(row["src_lang"], row["tgt_lang"]) == "non_english"
         first = {key(row): {**row, "tgt_lang": PIVOT} for row in rows if two_hops(row)}

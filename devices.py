@@ -20,6 +20,13 @@ class Ranks(NamedTuple):
         if self.world > 1:
             dist.barrier()
 
+    def of_first(self, value):
+        """The first rank's `value`: of a folder that machines share, each may see another state."""
+        found = [value]
+        if self.world > 1:
+            dist.broadcast_object_list(found)
+        return found[0]
+
 
 def init_distributed(device):
     """Join the process group that torchrun's environment describes, if any: NCCL on GPUs, gloo on CPUs.
@@ -39,16 +46,14 @@ def init_distributed(device):
 
 def claim_run(folder, config, ranks):
     """files.claim by the first rank, and its refusal on every rank. Returns the lock, None on the others."""
-    lock, refusal = None, [None]
+    lock, refusal = None, None
     if ranks.rank == 0:
         try:
             lock = claim(folder, config)
         except UserError as error:
-            refusal = [str(error)]
-    if ranks.world > 1:
-        dist.broadcast_object_list(refusal)
-    if refusal[0]:
-        raise UserError(refusal[0])
+            refusal = str(error)
+    if refusal := ranks.of_first(refusal):
+        raise UserError(refusal)
     return lock
 
 

@@ -243,9 +243,8 @@ def translate_jsonl(engine, rows, out, batch_size, max_new_tokens, ranks, desc):
     out = Path(out)
     stem = f"{out.name}.part-{job_of(engine, rows, max_new_tokens)}"  # another job's leftovers are not ours
     parts = lambda: list(out.parent.glob(f"{glob.escape(stem)}-*"))
-    if not out.exists():
-        done = {i: row for part in parts() for i, row in read_part(part)[0].items()}
-        ranks.barrier()  # nobody writes before everybody has read
+    if not ranks.of_first(out.exists()):
+        done = ranks.of_first({i for part in parts() for i in read_part(part)[0]})  # so nobody writes before it has read
         mine = [i for i in decoding_order(rows) if i not in done][ranks.rank :: ranks.world]
         part = out.with_name(f"{stem}-{ranks.rank}")
         with open_alone(part, out) as file, tqdm(total=len(mine), desc=desc, unit="sent", disable=ranks.rank > 0 or None) as bar:

@@ -7,9 +7,12 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
+import torch.multiprocessing as mp
 
 import generate
 import model as backbone
@@ -146,6 +149,36 @@ def test_a_kill_at_the_very_end_leaves_nothing_behind_and_no_two_share_a_file(en
     with open_alone(part, out), pytest.raises(UserError, match="out.jsonl: another process is at work"):
         call()
     assert call() == done
+
+
+class Shouting(NamedTuple):
+    identity: dict
+
+    def translate_each(self, rows, max_new_tokens, batch_size):
+        return ((i, row["src"].upper(), "stop") for i, row in enumerate(rows))
+
+
+class Unseen(type(Path())):
+    """A path on a shared file system that this machine has not heard of yet."""
+    def exists(self):
+        return False
+
+
+def a_rank_that_sees_late(rank, rows, out):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{out}.meeting", rank=rank, world_size=2)
+    if rank == 1:
+        generate.Path = Unseen
+    for _ in range(2):  # the second time the file is there
+        done = translate_jsonl(Shouting({}), rows, out, 4, 8, Ranks(rank, 2), "")
+        assert [row["hyp"] for row in done] == [row["src"].upper() for row in rows]
+    torch.distributed.destroy_process_group()
+
+
+def test_a_rank_that_sees_files_late_does_as_the_first(sentences, tmp_path):
+    rows, out = sentences[:30], tmp_path / "out.jsonl"
+    part = tmp_path / f"out.jsonl.part-{generate.job_of(Shouting({}), rows, 8)}-0"
+    write_jsonl(part, [{"id": i, "hyp": rows[i]["src"].upper(), "finish": "stop"} for i in decoding_order(rows)[:9]])
+    mp.spawn(a_rank_that_sees_late, (rows, out), nprocs=2)
 
 
 def test_commands(adapter_folder, sentences, tmp_path):
