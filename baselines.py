@@ -63,21 +63,18 @@ class Baseline:
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         if self.system.prompt is None:
-            try:
-                self.tokens = {lang: self.language_token(lang) for lang in self.system.codes}
-            except KeyError as missing:
-                raise UserError(f"{name}: its tokenizer has no {missing}; it is no checkpoint of {system}") from None
-        self.languages = [lang for lang in LANGUAGES if lang in self.system.codes]
+            self.tokens = {lang: token for lang in LANGUAGES if (token := self.language_token(lang)) is not None}
+            if not self.tokens:
+                one = self.system.token.format(self.system.codes[PIVOT])
+                raise UserError(f"{name}: its tokenizer has no language's token, such as {one}; it is no checkpoint of {system}")
+        self.languages = [lang for lang in LANGUAGES if lang in (self.tokens if self.system.prompt is None else self.system.codes)]
         self.identity = {"system": system, "model": name, "revision": revision, "beams": self.system.beams,
                          "dtype": dtype_name(self.dtype)}
 
     def language_token(self, lang):
-        """Id of a language's token. Raises KeyError if the tokenizer has none."""
-        code = self.system.token.format(self.system.codes[lang])
-        token = self.tokenizer.convert_tokens_to_ids(code)
-        if token in (None, self.tokenizer.unk_token_id):
-            raise KeyError(code)
-        return token
+        """Id of a language's token, None if the tokenizer has none."""
+        token = self.tokenizer.convert_tokens_to_ids(self.system.token.format(self.system.codes[lang]))
+        return None if token == self.tokenizer.unk_token_id else token
 
     @torch.inference_mode()
     def translate(self, rows, max_new_tokens):
@@ -137,7 +134,7 @@ def translate_via_english(engine, rows, out, batch_size, max_new_tokens, ranks, 
     out, work = Path(out), (batch_size, max_new_tokens, ranks, desc)
     job = job_of(engine, rows, max_new_tokens)  # another job's hops are not ours
     hops = [out.with_name(f"{out.name}.{hop}-{job}") for hop in ("to-english", "from-english")]
-    if not ranks.of_first(out.exists()):
+    if not ranks.of_first(out.exists):
         key = lambda row: (row["src_lang"], row["src"])
         two_hops = lambda row: group_of(row["src_lang"], row["tgt_lang"]) == "non_english"
         first = {key(row): {**row, "tgt_lang": PIVOT} for row in rows if two_hops(row)}
@@ -173,7 +170,7 @@ def check_languages(engine, languages, who):
     """Raises UserError if the engine, which the user knows as `who`, has nothing for one of these languages, a set."""
     strangers = sorted(languages - set(engine.languages))
     if strangers:
-        raise UserError(f"{who}: no expert for {', '.join(strangers)}; it has {', '.join(engine.languages)}")
+        raise UserError(f"{who}: has nothing for {', '.join(strangers)}; it has {', '.join(engine.languages)}")
 
 
 def main():

@@ -192,6 +192,8 @@ def fetch(root, pairs, flores_codes, source):
     """Bring the files of OPUS-100 `pairs` and FLORES-200 codes that `root` lacks from `source`: publisher or hub. What is
     there is left alone, so a part can come from two sources; sources.json names both. Raises UserError."""
     root, get = Path(root), {"publisher": from_publisher, "hub": from_hub}[source]
+    if all(path.exists() for targets in all_files(root, pairs, flores_codes).values() for path in targets):
+        return  # the folder need not be writable
     lock = lock_folder(root)
     for name, targets in all_files(root, pairs, flores_codes).items():
         missing = [path for path in targets if not path.exists()]
@@ -228,7 +230,7 @@ def length_ratio(a, b):
 
 def clean(pairs, held_out_en, held_out_x, drop, max_ratio):
     """OPUS-100 training pairs (en, x) without noise, and a count a rule. Each pair counts under the first rule that it
-    breaks; pairs with an empty side or a side in a dev or test set are always left out, those of the rules in `drop`
+    breaks; pairs with an empty side or a side in a dev or test set are always left out, those that break a rule in `drop`
     (of NOISE) too, and the others are counted but kept."""
     kept, seen, count = [], set(), dict.fromkeys(("read", "empty", "in_dev_or_test", *NOISE), 0)
     for en, x in pairs:
@@ -239,6 +241,6 @@ def clean(pairs, held_out_en, held_out_x, drop, max_ratio):
         seen.add((en, x))
         if rule:
             count[rule] += 1
-        if rule is None or rule in NOISE and rule not in drop:
+        if not any(bad and (name in drop or name not in NOISE) for name, bad in broken.items()):
             kept.append((en, x))
     return kept, count

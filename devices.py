@@ -20,9 +20,9 @@ class Ranks(NamedTuple):
         if self.world > 1:
             dist.barrier()
 
-    def of_first(self, value):
-        """The first rank's `value`: of a folder that machines share, each may see another state."""
-        found = [value]
+    def of_first(self, ask):
+        """What ask() gives the first rank, on every rank: of a folder that machines share, each may see another state."""
+        found = [ask() if self.rank == 0 else None]
         if self.world > 1:
             dist.broadcast_object_list(found)
         return found[0]
@@ -52,7 +52,7 @@ def claim_run(folder, config, ranks):
             lock = claim(folder, config)
         except UserError as error:
             refusal = str(error)
-    if refusal := ranks.of_first(refusal):
+    if refusal := ranks.of_first(lambda: refusal):
         raise UserError(refusal)
     return lock
 

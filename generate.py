@@ -230,7 +230,7 @@ def finished(out, parts, ranks):
     if ranks.rank == 0:
         for part in parts:
             part.unlink(missing_ok=True)
-    return [json.loads(line) for line in out.read_text(encoding="utf-8").split("\n") if line]
+    return ranks.of_first(lambda: [json.loads(line) for line in out.read_text(encoding="utf-8").split("\n") if line])
 
 
 def translate_jsonl(engine, rows, out, batch_size, max_new_tokens, ranks, desc):
@@ -243,8 +243,8 @@ def translate_jsonl(engine, rows, out, batch_size, max_new_tokens, ranks, desc):
     out = Path(out)
     stem = f"{out.name}.part-{job_of(engine, rows, max_new_tokens)}"  # another job's leftovers are not ours
     parts = lambda: list(out.parent.glob(f"{glob.escape(stem)}-*"))
-    if not ranks.of_first(out.exists()):
-        done = ranks.of_first({i for part in parts() for i in read_part(part)[0]})  # so nobody writes before it has read
+    if not ranks.of_first(out.exists):
+        done = ranks.of_first(lambda: {i for part in parts() for i in read_part(part)[0]})  # so nobody writes before it has read
         mine = [i for i in decoding_order(rows) if i not in done][ranks.rank :: ranks.world]
         part = out.with_name(f"{stem}-{ranks.rank}")
         with open_alone(part, out) as file, tqdm(total=len(mine), desc=desc, unit="sent", disable=ranks.rank > 0 or None) as bar:
@@ -256,6 +256,8 @@ def translate_jsonl(engine, rows, out, batch_size, max_new_tokens, ranks, desc):
         ranks.barrier()
         if ranks.rank == 0:
             done = {i: row for part in parts() for i, row in read_part(part)[0].items()}
+            if len(done) < len(rows):
+                raise UserError(f"{out}: not all parts of it are to be seen here yet; the same command continues from here")
             write_jsonl(out, [{**row, "hyp": done[i]["hyp"], "finish": done[i]["finish"]} for i, row in enumerate(rows)])
     return finished(out, parts(), ranks)
 

@@ -80,7 +80,7 @@ def main():
               "max_new_tokens": args.max_new_tokens, "source_sha256": file_sha256(source_file),
               **({} if args.share_english else {"share_english": False})}
     lock = claim_run(out, config, ranks)
-    if ranks.of_first((out / "report.json").exists()):
+    if ranks.of_first((out / "report.json").exists):
         if ranks.rank == 0:
             print(f"{out}: made already\n" + (out / "report.md").read_text(encoding="utf-8"), end="")
         return

@@ -238,7 +238,7 @@ def main():
         config["init_adapter_sha256"] = file_sha256(Path(args.init_adapter) / "adapter.safetensors")
     out = Path(args.out)
     claim(out, config, write=False)  # refuse before the long work of encoding and loading
-    if ranks.of_first((out / "summary.json").exists()):
+    if ranks.of_first((out / "summary.json").exists):
         if chief:
             print(f"{out}: finished already; the adapter is in {out / 'adapter'}")
         return
@@ -265,7 +265,7 @@ def main():
 
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
     step, best, log_bytes, order = 0, math.inf, 0, None
-    if ranks.of_first((out / "checkpoint.pt").exists()):
+    if ranks.of_first((out / "checkpoint.pt").exists):
         state = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)
         if state["backbone_fingerprint"] != fingerprint:
             raise UserError(f"{out}: was started on another backbone than the {args.model} of now; choose another --out")

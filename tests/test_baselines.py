@@ -10,7 +10,7 @@ from baselines import Baseline, translate_via_english
 from conftest import ROOT, TORCHRUN, inside, read_rows, refuses, run, translate_batch
 from data import LANGUAGES
 from devices import Ranks
-from files import write_jsonl
+from files import UserError, write_jsonl
 from generate import job_of, load_engine
 
 sentencepiece = pytest.importorskip("sentencepiece")
@@ -78,6 +78,18 @@ def test_encoder_decoders_equal_generate_one_direction_at_a_time(system, folders
         assert hyp == tokenizer.decode(out[0, 2:], skip_special_tokens=True).strip()
         assert finish == ("stop" if (out[0, 2:] == tokenizer.eos_token_id).any() else "length")
     assert len({hyp for hyp, _ in got}) > 3 and {finish for _, finish in got} == {"stop", "length"}, got
+
+
+def test_a_language_that_a_system_lacks_is_its_only_loss(folders, monkeypatch):
+    system = baselines.SYSTEMS["m2m100"]
+    monkeypatch.setitem(baselines.SYSTEMS, "m2m100", system._replace(codes={**system.codes, "is": "xx"}))
+    engine = Baseline("m2m100", str(folders / "m2m100"), device="cpu")
+    assert engine.languages == ["en", "de", "cs", "ru", "zh"] and len(engine.translate(ROWS[:2], 4)) == 2
+    with pytest.raises(UserError, match="m2m100: has nothing for is; it has en, de, cs, ru, zh"):
+        baselines.check_languages(engine, {"de", "is"}, "m2m100")
+    monkeypatch.setitem(baselines.SYSTEMS, "m2m100", system._replace(token="no {}"))
+    with pytest.raises(UserError, match="its tokenizer has no language's token, such as no en; it is no checkpoint of m2m100"):
+        Baseline("m2m100", str(folders / "m2m100"), device="cpu")
 
 
 @pytest.mark.parametrize("system", ["alma", "bigtranslate"])
@@ -186,7 +198,7 @@ def test_bad_input(folders, checkpoint, adapter_folder, tmp_path):
     refuses(*base, "nllb", "--model", tmp_path / "nowhere", says="the hub did not give it")
     (tmp_path / "empty").mkdir()
     refuses(*base, "nllb", "--model", tmp_path / "empty", says=["can't be loaded as nllb", "--model"])
-    refuses(*base, "m2m100", "--model", folders / "nllb", says=["no '__en__'", "no checkpoint of m2m100"])
+    refuses(*base, "m2m100", "--model", folders / "nllb", says=["such as __en__", "no checkpoint of m2m100"])
     refuses(*base, "nllb", "--model", folders / "m2m100", says="no checkpoint of nllb")
     refuses(ROOT / "evaluate.py", "--directions", "de-zh", "--system", "nllb", "--adapter", adapter_folder,
             "--test", tmp_path / "test.jsonl", "--out", tmp_path / "x", says="--adapter has no part in it")

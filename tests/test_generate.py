@@ -148,6 +148,9 @@ def test_a_kill_at_the_very_end_leaves_nothing_behind_and_no_two_share_a_file(en
     out.unlink()
     with open_alone(part, out), pytest.raises(UserError, match="out.jsonl: another process is at work"):
         call()
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match="not all parts of it are to be seen here yet"):
+        patch.setattr(generate, "read_part", lambda path: ({}, 0))  # as if another machine's were not there yet
+        call()
     assert call() == done
 
 
@@ -162,6 +165,8 @@ class Unseen(type(Path())):
     """A path on a shared file system that this machine has not heard of yet."""
     def exists(self):
         return False
+    def read_text(self, **_):
+        raise FileNotFoundError(self)
 
 
 def a_rank_that_sees_late(rank, rows, out):

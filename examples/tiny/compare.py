@@ -121,8 +121,8 @@ def main():
 
     data, decode = out / "data", ("--max-new-tokens", 48, "--batch-size", 128)
     train = ("train.py", "--model", args.backbone, "--data", data, "--lr", args.lr, "--epochs", 1, "--micro-batch-size", 16)
-    run("data", "data.py", "--data", args.world, "--out", data, "--train-pairs", args.pairs, "--dev-pairs", 5,
-        "--test-pairs", args.test_pairs)
+    run("data", "data.py", "--data", args.world, "--out", data, "--languages", "en,de,is,cs,ru,zh", "--train-pairs", args.pairs,
+        "--dev-pairs", 5, "--test-pairs", args.test_pairs)
 
     def evaluate(name, folder, *engine):
         run(f"{name}-eval", "evaluate.py", "--all-directions", *engine, "--test", data / "test.jsonl", "--out", folder, *decode)
