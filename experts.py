@@ -20,8 +20,7 @@ def runs(names, counts):
 
 class Adapted(torch.autograd.Function):
     """Eqs. 1 and 4 for N tokens of rows that stand one after another: W_0 x + bias + scale * B_tgt A_src (x * mask), with derivatives by x
-    and the experts. By runs of tokens that share an expert, so that none is copied, and what one operation leaves in the cache is
-    there for the next."""
+    and the experts. By runs of tokens that share an expert, so that none is copied."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, mask, scale, a_sizes, b_sizes, *experts):
