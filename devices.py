@@ -52,8 +52,8 @@ def claim_run(folder, config, ranks):
             lock = claim(folder, config)
         except UserError as error:
             refusal = str(error)
-    if refusal := ranks.of_first(lambda: refusal):
-        raise UserError(refusal)
+    if why := ranks.of_first(lambda: refusal):
+        raise UserError(why)
     return lock
 
 

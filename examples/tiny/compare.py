@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 from files import UserError, markdown, read_json, run_main, write_atomic  # noqa: E402
 from tables import COLUMNS, PAPER, read_scores  # noqa: E402
+from world import PHRASE  # noqa: E402
 
 SYSTEMS = {  # name -> flags of Stage 2
     "LoRA": ["--adapter-type", "lora"],
@@ -121,7 +122,7 @@ def main():
 
     data, decode = out / "data", ("--max-new-tokens", 48, "--batch-size", 128)
     train = ("train.py", "--model", args.backbone, "--data", data, "--lr", args.lr, "--epochs", 1, "--micro-batch-size", 16)
-    run("data", "data.py", "--data", args.world, "--out", data, "--languages", "en,de,is,cs,ru,zh", "--train-pairs", args.pairs,
+    run("data", "data.py", "--data", args.world, "--out", data, "--languages", ",".join(PHRASE), "--train-pairs", args.pairs,
         "--dev-pairs", 5, "--test-pairs", args.test_pairs)
 
     def evaluate(name, folder, *engine):
