@@ -20,7 +20,7 @@ MKL = getattr(torch.ops.mkl, "_mkl_linear", None) if INTEL and torch.backends.mk
 ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if X86 and torch.backends.mkldnn.is_available() else None
 BF16 = ONEDNN if "avx512_bf16" in CPU else None  # what multiplies bf16; without such instructions it would be no faster than fp32
 LOGITS = {"cpu": 2**23, "cuda": 2**27}  # elements held at one time; blocks over 32 MiB glibc returns at once, and fresh pages cost time
-BLOCK = 2**20  # of those, elements that a CPU works on together: 4 MiB stay in its caches from one operation to the next
+BLOCK = 2**19  # of those, elements that a CPU works on together: 2 MiB stay in its caches from one operation to the next
 AT_LEAST = 256  # rows of logits at one time, whatever the vocabulary: a product of fewer loses more than fresh pages cost
 
 
