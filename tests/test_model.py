@@ -209,6 +209,12 @@ def test_fingerprint_tells_weights_apart_but_not_precisions(checkpoint, tmp_path
     assert lm.fingerprint() == backbone.load(checkpoint, dtype=torch.bfloat16).fingerprint()
     other = broken(tmp_path, checkpoint, lambda t: t["model.embed_tokens.weight"].add_(0.5))
     assert lm.fingerprint() != backbone.load(other).fingerprint()
+    whole = lm.fingerprint()
+    for name, p in lm.named_parameters():
+        published, p.data = p.data, p.data + 0.5
+        assert lm.fingerprint() != whole, name
+        p.data = published
+    assert lm.fingerprint() == whole
 
 
 def test_a_hub_model_is_pinned_to_the_commit_it_was_got_at(monkeypatch, tmp_path, checkpoint):
