@@ -49,7 +49,7 @@ tiny: world
 test: .venv/installed
 	$(PYTHON) -m pytest -q -n 2 tests
 
-# sentences decoded together (default 128): at most 2**18 slots of cache, 32 GiB for Llama-3-8B, beside the backbone's 15
+# sentences decoded together (default 128): about 2**18 slots of cache at most, 32 GiB for Llama-3-8B, beside the backbone's 15
 ROWS  = --batch-size 512
 SCORE = --test $(RUN)/data/test.jsonl --comet Unbabel/wmt22-comet-da
 

@@ -16,7 +16,7 @@ import torch
 from data import LANGUAGES, PIVOT, group_of, read_jsonl
 from devices import device_and_dtype, dtype_name, init_distributed
 from files import UserError, at_least, check_output, hub_snapshot, reason, run_main, write_jsonl
-from generate import add_translation_arguments, finished, job_of, load_engine, translate_jsonl
+from generate import add_translation_arguments, check_languages, finished, job_of, load_engine, translate_jsonl
 
 ALMA = "Translate this from {src} to {tgt}:\n{src}: {text}\n{tgt}:"
 BIGTRANSLATE = "以下是一个描述任务的指令，请写一个完成该指令的适当回复。\n\n### 指令:\n请将以下{src}句子翻译成{tgt}：{text}\n\n### 回复:"
@@ -164,13 +164,6 @@ def engine_of(args):
     if args.adapter is not None:
         raise UserError("--system is a prior system; --adapter has no part in it")
     return Baseline(args.system, args.model, args.device, args.dtype)
-
-
-def check_languages(engine, languages, who):
-    """Raises UserError if the engine, which the user knows as `who`, has nothing for one of these languages, a set."""
-    strangers = sorted(languages - set(engine.languages))
-    if strangers:
-        raise UserError(f"{who}: has nothing for {', '.join(strangers)}; it has {', '.join(engine.languages)}")
 
 
 def main():

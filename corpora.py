@@ -212,10 +212,11 @@ def note(root, name, entry):
     write_atomic(root / "sources.json", json.dumps(known, indent=2) + "\n")
 
 
-def sources(root):
-    """What is known of where the corpora are from: {pair or flores-200: [{"source": ..., "files": [...], ...}]}."""
+def sources(root, wanted=None):
+    """What is known of where the corpora, or those `wanted`, are from: {pair or flores-200: [{"source": ..., "files": [...], ...}]}."""
     path = Path(root) / "sources.json"
-    return read_json(path) if path.exists() else {}
+    known = read_json(path) if path.exists() else {}
+    return known if wanted is None else {name: entries for name, entries in known.items() if name in wanted}
 
 
 CHINESE = re.compile("[\u3400-\u9fff]")

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from experts import EveryExpert, LowRank, PerRow, RoutedLowRank, StackedTransposes, blocks, runs
-from files import UserError, read_json, run_main, write_atomic
+from files import UserError, at_least, read_json, run_main, write_atomic
 
 TARGET_MODULES = ("gate_proj", "up_proj", "down_proj")  # section A.1
 GROUPS = "en,de,is/cs,ru/zh"  # Table 4
@@ -302,8 +302,7 @@ def main():
     parser.add_argument("--tgt", help="target language code: picks B")
     parser.add_argument("--peft", help="folder to write the plain LoRA adapter to")
     args = parser.parse_args()
-    if args.rank < 1:
-        raise UserError(f"--rank {args.rank}: must be at least 1")
+    at_least(1, args, "rank")
     if args.counts:
         return print_counts(args.rank)
     if not (args.adapter and args.src and args.tgt and args.peft):

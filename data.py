@@ -64,7 +64,7 @@ def read_jsonl(path, languages=tuple(LANGUAGES), need=("src", "tgt"), text=()):
             if "\\u" in line:
                 json.dumps(row, ensure_ascii=False).encode()  # half of a surrogate pair is no character
         except ValueError as error:
-            raise bad(f"not a JSON object ({error}); is the file cut off?") from None
+            raise bad(f"not a JSON object ({error}); is the file cut off?" if line.strip() else "an empty line") from None
         if not isinstance(row, dict):
             raise bad(f"not a JSON object but {type(row).__name__}")
         for key in ("src_lang", "tgt_lang", *need, *text):
@@ -86,7 +86,7 @@ def parse_languages(text):
     codes = [code.strip() for code in text.split(",")]
     unknown = [code for code in codes if code not in LANGUAGES]
     if unknown:
-        raise UserError(f"unknown language {unknown[0]!r}; known: {', '.join(LANGUAGES)}")
+        raise UserError(f"--languages {text}: unknown language {unknown[0]!r}; data.py's LANGUAGES has {', '.join(LANGUAGES)}")
     if len(set(codes)) < max(2, len(codes)) or PIVOT not in codes:
         raise UserError(f"--languages {text}: at least two, each once, {PIVOT} among them")
     return codes
@@ -264,6 +264,8 @@ def read_stage_data(args):
         raise UserError(f"{data}: no manifest.json in it; --data takes a folder that data.py has finished")
     languages = parse_languages(read_json(data / "config.json").get("languages", ""))
     train, dev = [data / "stage1.train.jsonl"], [data / "stage1.dev.jsonl"]
+    if args.stage == 1 and (args.pseudo or args.stage_2_data != "all"):
+        raise UserError("--pseudo and --stage-2-data are Stage 2's")
     if args.stage == 2:
         if args.pseudo is None:
             raise UserError("--stage 2 needs --pseudo, the folder that pivot.py wrote")
@@ -316,7 +318,8 @@ def main():
                             "--source publisher or hub fetches them")
     files, report = prepare(args.data, languages, args.train_pairs, args.dev_pairs, args.test_pairs, args.pivot_pairs, args.drop,
                             args.max_ratio, args.seed)
-    manifest, lock = {"settings": config, "sources": sources(args.data), "corpora": report, "files": {}}, claim(out, config)
+    manifest = {"settings": config, "sources": sources(args.data, [*wanted[0], "flores-200"]), "corpora": report, "files": {}}
+    lock = claim(out, config)
     manifest["inputs"] = {str(file.relative_to(args.data)): file_sha256(file) for file in inputs}
     for name, rows in ((f"{name}.jsonl", rows) for name, rows in files.items()):
         write_jsonl(out / name, rows)

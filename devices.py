@@ -1,6 +1,7 @@
 """Where a script computes, how precisely, and with whom: device, dtype, process group, the claim on a run folder, and CUDA graphs."""
 
 import atexit
+import datetime
 import os
 from typing import NamedTuple
 
@@ -39,7 +40,8 @@ def init_distributed(device):
             if local > (gpus := torch.cuda.device_count()):
                 raise UserError(f"{local} processes but {gpus} GPUs here; start as many as there are, or pass --device cpu")
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if cuda else "gloo")
+        # Whoever is done with its share of a long translation waits for the slowest: NCCL's ten minutes could be too few.
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=6))
         atexit.register(dist.destroy_process_group)
     return Ranks(int(os.environ.get("RANK", "0")), world)
 

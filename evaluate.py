@@ -16,11 +16,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from baselines import add_system_argument, check_languages, engine_of, translate_via_english
+from baselines import add_system_argument, engine_of, translate_via_english
 from data import LANGUAGES, all_directions, read_jsonl
 from devices import claim_run, init_distributed
 from files import UserError, at_least, file_sha256, read_json, run_main, write_atomic, write_jsonl
-from generate import add_engine_arguments, translate_jsonl
+from generate import add_engine_arguments, check_languages, translate_jsonl
 from scores import comet_scores, language_identifier, load_comet, score
 from tables import against, averages, compare, curves, direction_table, group, heat_maps, table_1
 
@@ -38,8 +38,8 @@ def choose(rows, source, wanted):
                 known = ", ".join(LANGUAGES)
                 raise UserError(f"--directions: {'-'.join(pair)!r} is not a pair of known languages ({known}), such as de-zh")
     missing = ["-".join(pair) for pair in directions if pair not in by_direction]
-    if missing:
-        raise UserError(f"{source}: no pairs for {', '.join(missing)}")
+    if missing or not directions:
+        raise UserError(f"{source}: no pairs for {', '.join(missing) or 'any direction'}; --directions names those to score")
     return {pair: by_direction[pair] for pair in directions}
 
 
@@ -65,21 +65,19 @@ def main():
         raise UserError("--compare goes with --table DIR...")
     if args.table:
         return print(compare(args.table, args.compare == "paper"), end="")
-    at_least(1, args, "batch_size", "max_new_tokens")
+    at_least(1, args, "batch_size", "max_new_tokens", "samples")
     if args.out is None:
-        raise UserError("--out is needed: the folder for hypotheses and scores")
+        raise UserError("--out is needed: the folder for hypotheses and scores, or the .png of --curves")
     if args.curves:
         curves(args.curves, args.out)
         return print(args.out)
-    if args.samples < 1:
-        raise UserError(f"--samples {args.samples}: must be at least 1")
     if args.against:
         return print(against(args.out, args.against, args.samples), end="")
     if args.all_directions == (args.directions is not None):
         raise UserError("either --all-directions or --directions de-zh,... is needed")
     if args.hypotheses and (args.adapter or args.model or args.system or args.via_english):
         raise UserError("--hypotheses scores what is there; --adapter, --model, --system and --via-english have no part in it")
-    wanted, out, source = args.directions or "all", Path(args.out), args.hypotheses or args.test
+    wanted, out, source = "all" if args.all_directions else args.directions, Path(args.out), args.hypotheses or args.test
     ranks = init_distributed(args.device)
     need = ("src", "tgt") if args.comet or not args.hypotheses else ("tgt",)
     pairs = read_jsonl(source, need=need, text=("hyp",) if args.hypotheses else ())

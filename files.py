@@ -22,10 +22,15 @@ def reason(error):
 
 
 def run_main(main):
-    """Call `main()`; a UserError becomes one line on stderr and exit status 2, Ctrl-C exit status 130."""
+    """Call `main()`; a UserError, or what the system refuses, becomes one line on stderr and exit status 2, Ctrl-C exit status 130."""
     try:
         main()
-    except UserError as error:
+        sys.stdout.flush()  # else a full disk or a closed pipe would show only as Python ends
+    except (UserError, OSError) as error:
+        if isinstance(error, OSError):
+            if error.filename is None:  # of stdout: what is left for it goes nowhere, or it would fail again at the end
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            error = f"{error.filename or 'output'}: {error.strerror or error}"
         if os.environ.get("LOCAL_RANK", "0") != "0":
             time.sleep(5)  # what the machine's first rank sees, too, is said once: torchrun ends this one meanwhile
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
@@ -113,13 +118,17 @@ def claim(folder, config, write=True):
     command resumes and a different one never overwrites. write=False only compares.
     """
     folder, path = Path(folder), Path(folder) / "config.json"
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: is a file; --out takes a folder")
     if path.exists():
         old = read_json(path)
+        if 2 * len(old.keys() & config.keys()) < len(config):
+            raise UserError(f"{folder}: holds the run of another script; choose another --out")
         differ = [f"{k} was {old.get(k)!r}, now {config.get(k)!r}" for k in sorted({*old, *config}) if old.get(k) != config.get(k)]
         if differ:
             more = f"; and {len(differ) - 3} more" if len(differ) > 3 else ""
             raise UserError(f"{folder}: holds a run with other settings ({'; '.join(differ[:3])}{more}); choose another --out or remove it")
-    elif folder.exists() and (not folder.is_dir() or any(not p.name.endswith((".tmp", ".lock")) for p in folder.iterdir())):
+    elif folder.exists() and any(not p.name.endswith((".tmp", ".lock")) for p in folder.iterdir()):
         raise UserError(f"{folder}: not empty and not a run of this script; choose another --out")
     if not write:
         return None
@@ -157,7 +166,7 @@ def hub_snapshot(name, patterns, repo_type="model"):
 def at_least(least, args, *flags):
     """Raises UserError for a flag below `least`; None, a default to be worked out, is let through."""
     for flag in flags:
-        if getattr(args, flag) is not None and getattr(args, flag) < least:
+        if getattr(args, flag) is not None and not getattr(args, flag) >= least:  # a nan is refused, too
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be at least {least}")
 
 

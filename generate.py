@@ -30,7 +30,7 @@ from devices import Recorded, add_device_arguments, device_and_dtype, dtype_name
 from files import UserError, at_least, check_output, file_sha256, open_alone, resolve, run_main, write_jsonl
 
 PROMPTS = {"cpu": 2**10, "cuda": 2**14}  # tokens of prompts, copied ones too, in one pass: wide enough for the products, little memory
-SLOTS = {"cpu": 2**17, "cuda": 2**18}  # of the cache, all rows together: 16 GiB for 2**17 of Llama-3-8B in bf16
+SLOTS = {"cpu": 2**17, "cuda": 2**18}  # of the cache, all rows together, about: 16 GiB for 2**17 of Llama-3-8B in bf16
 REFILL = {"cpu": 8, "cuda": 4}  # waiting rows are read when one in so many places is free: on a GPU a pass costs two steps at least
 
 
@@ -89,6 +89,12 @@ def load_engine(model, adapter, prompt_format="auto", device="auto", dtype="auto
     identity["adapter"] = file_sha256(Path(adapter) / "adapter.safetensors")
     lora.to(device, None if lora.learned else dtype)  # cast once; a learned router stays fp32
     return Engine(lm, lora.eval(), tokenizer, description["languages"], dtype, identity)
+
+
+def check_languages(engine, languages, who):
+    """Raises UserError if the engine, which the user knows as `who`, has nothing for one of these languages, a set."""
+    if strangers := sorted(languages.difference(engine.languages)):
+        raise UserError(f"{who}: has nothing for {', '.join(strangers)}; it has {', '.join(engine.languages)}")
 
 
 @dataclasses.dataclass
@@ -288,30 +294,30 @@ def main():
     add_engine_arguments(parser)
     args = parser.parse_args()
     at_least(1, args, "batch_size", "max_new_tokens")
-    if args.input is not None:
-        if args.output is None or args.text is not None or args.src or args.tgt:
+    if args.input is not None or args.output is not None:
+        if args.input is None or args.output is None or args.text is not None or args.src or args.tgt:
             raise UserError("--input goes with --output, and the file's lines name the languages: no text, --src or --tgt")
         check_output(args.output)
         rows = read_jsonl(args.input, need=("src",))
     else:
         for flag, code in (("--src", args.src), ("--tgt", args.tgt)):
             if code not in LANGUAGES:
-                raise UserError(f"{flag} {code}: unknown language; known: {', '.join(LANGUAGES)}")
+                raise UserError(f"{flag} {f'{code}: unknown language' if code else 'is needed'}; known: {', '.join(LANGUAGES)}")
         if args.src == args.tgt:
             raise UserError(f"--src and --tgt are both {args.src}")
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise UserError("a text or stdin is work for one process; under torchrun give --input and --output")
         try:
-            lines = [args.text] if args.text is not None else sys.stdin.buffer.read().decode().removesuffix("\n").split("\n")
+            lines = [args.text] if args.text is not None else sys.stdin.buffer.read().decode().split("\n")
             "".join(lines).encode()
         except UnicodeError:
             raise UserError("the text is not UTF-8") from None
         rows = [{"src_lang": args.src, "tgt_lang": args.tgt, "src": line} for line in lines]
+        if args.text is None and not lines[-1]:
+            rows.pop()  # what stands behind the last line's end is none
     ranks = init_distributed(args.device)
     engine = load_engine(args.model, args.adapter, args.prompt_format, args.device, args.dtype)
-    for lang in sorted({r[side] for r in rows for side in ("src_lang", "tgt_lang")}):
-        if lang not in engine.languages:
-            raise UserError(f"{args.adapter}: no expert for {lang!r}; it has {', '.join(engine.languages)}")
+    check_languages(engine, {row[side] for row in rows for side in ("src_lang", "tgt_lang")}, args.adapter or args.model)
     if args.input is not None:
         done = translate_jsonl(engine, rows, args.output, args.batch_size, args.max_new_tokens, ranks, "translating")
     else:
@@ -321,7 +327,7 @@ def main():
         results = {n: {"hyp": hyp, "finish": finish} for n, hyp, finish in each}
         found = (results[n] for n in range(len(full)))
         done = [next(found) if r["src"].strip() else {"hyp": "", "finish": "stop"} for r in rows]
-        print("\n".join(" ".join(row["hyp"].splitlines()) for row in done))
+        sys.stdout.writelines(" ".join(row["hyp"].splitlines()) + "\n" for row in done)
     cut = sum(row["finish"] == "length" for row in done)
     if cut and ranks.rank == 0:
         print(f"{cut} of {len(done)} outputs were cut off at --max-new-tokens {args.max_new_tokens}", file=sys.stderr)

@@ -22,7 +22,7 @@ from corpora import length_ratio
 from data import PIVOT, pair_row, parse_languages, read_jsonl
 from devices import claim_run, init_distributed
 from files import UserError, at_least, file_sha256, read_json, run_main, write_atomic, write_jsonl
-from generate import add_engine_arguments, translate_jsonl
+from generate import add_engine_arguments, check_languages, translate_jsonl
 from scores import language_identifier
 from tables import report_table
 
@@ -59,7 +59,7 @@ def main():
     add_system_argument(parser)
     args = parser.parse_args()
     at_least(1, args, "batch_size", "max_new_tokens")
-    if args.pairs < 1 or not 0 <= args.dev_share < 1 or args.max_ratio < 1:
+    if args.pairs < 1 or not 0 <= args.dev_share < 1 or not args.max_ratio >= 1:
         raise UserError("--pairs must be at least 1, --dev-share in [0, 1), --max-ratio at least 1")
     out, source_file = Path(args.out), Path(args.data) / "pivot.source.jsonl"
     ranks = init_distributed(args.device)
@@ -73,9 +73,7 @@ def main():
     if len(others) < 2:
         raise UserError(f"{args.data}: has {', '.join(languages)}; a pivot needs two languages beside {PIVOT}")
     engine = engine_of(args)
-    if not set(languages) <= set(engine.languages):
-        who, knows = args.adapter or args.system or args.model, ", ".join(engine.languages)
-        raise UserError(f"{who}: knows {knows}, but {args.data} has {', '.join(languages)}")
+    check_languages(engine, set(languages), args.adapter or args.system or args.model)
     config = {**engine.identity, "pairs": args.pairs, "dev_share": args.dev_share, "max_ratio": args.max_ratio, "seed": args.seed,
               "max_new_tokens": args.max_new_tokens, "source_sha256": file_sha256(source_file),
               **({} if args.share_english else {"share_english": False})}

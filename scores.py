@@ -84,10 +84,14 @@ def load_comet(name):
 
 
 def comet_scores(model, rows, batch_size=32, device="auto"):
-    """COMET of every row (src, hyp, tgt), times 100, in the rows' order. device: auto, cpu or cuda."""
+    """COMET of every row (src, hyp, tgt), times 100, in the rows' order. device: auto, cpu or cuda. Raises UserError where it fails,
+    for want of memory for example."""
     data = [{"src": row["src"], "mt": row["hyp"], "ref": row["tgt"]} for row in rows]
     gpus = int(device != "cpu" and torch.cuda.is_available())
-    result = model.predict(data, batch_size=batch_size, gpus=gpus, num_workers=1, progress_bar=sys.stderr.isatty())
+    try:
+        result = model.predict(data, batch_size=batch_size, gpus=gpus, num_workers=1, progress_bar=sys.stderr.isatty())
+    except Exception as error:  # of comet, lightning or torch
+        raise UserError(f"--comet: scoring failed ({type(error).__name__}: {reason(error)})") from None
     return [100 * score for score in result.scores]
 
 

@@ -175,8 +175,9 @@ def against(folder, other, samples):
         found = paired_bootstrap(ours[pair], theirs[pair], pair[1], samples)
         line = ["-".join(pair)]
         for key, r in found.items():
-            line += [f"{r['ours']:.2f} ± {r['ours_ci']:.2f}", f"{r['theirs']:.2f} ± {r['theirs_ci']:.2f}", f"{r['p']:.3f}"]
-            if r["p"] < 0.05:
+            tie = r["ours"] == r["theirs"]  # of no difference at all sacrebleu's p is its least
+            line += [f"{r[side]:.2f} ± {r[f'{side}_ci']:.2f}" for side in ("ours", "theirs")] + ["-" if tie else f"{r['p']:.3f}"]
+            if r["p"] < 0.05 and not tie:
                 better[key][r["ours"] < r["theirs"]] += 1
         lines.append(line)
     names = [Path(folder).name, Path(other).name]

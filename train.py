@@ -167,7 +167,7 @@ def parse_args():
     parser.add_argument("--rdrop-alpha", type=float, default=0.1, help="weight of the KL term, eq. 9 (section 4.2); 0: one pass, eq. 6")
     parser.add_argument("--normalize", default="tokens", choices=["tokens", "sequences"], help="M of eqs. 6-8")
     parser.add_argument("--lr", type=float, default=5e-4, help="peak learning rate (section 4.2)")
-    parser.add_argument("--weight-decay", type=float, default=0.02, help="AdamW (section A.1)")
+    parser.add_argument("--weight-decay", type=float, default=0.02, help="of AdamW, which is our choice (section A.1)")
     parser.add_argument("--warmup-ratio", type=float, default=5e-4, help="share of all steps (section A.1)")
     parser.add_argument("--schedule", default="linear", choices=["linear", "cosine", "constant"], help="after warm-up; the paper is silent")
     parser.add_argument("--max-grad-norm", type=float, default=1.0, help="gradient clipping, 0: none; the paper is silent")
@@ -194,13 +194,10 @@ def parse_args():
     args.epochs = {1: 3, 2: 2}[args.stage] if args.epochs is None else args.epochs
     at_least(0, args, "micro_batch_tokens")
     at_least(1, args, "rank", "top_k", "epochs", "max_steps", "batch_size", "micro_batch_size", "max_length", "save_every", "log_every")
-    if not 0 <= args.seed < 2**31:
-        raise UserError(f"--seed {args.seed}: must lie in [0, 2147483648)")
-    for flag in ("alpha", "rdrop_alpha", "lr", "weight_decay", "warmup_ratio", "max_grad_norm"):
-        if not 0 <= getattr(args, flag) < math.inf:
-            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be a number that isn't negative")
-    if not 0 <= args.dropout < 1:
-        raise UserError(f"--dropout {args.dropout}: must lie in [0, 1)")
+    numbers = dict.fromkeys(("alpha", "rdrop_alpha", "lr", "weight_decay", "max_grad_norm"), math.inf)
+    for flag, end in {**numbers, "dropout": 1, "warmup_ratio": 1, "seed": 2**31}.items():
+        if not 0 <= getattr(args, flag) < end:
+            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must lie in [0, {end})")
     return args
 
 
@@ -320,7 +317,7 @@ def main():
         if logs or saves:
             must_be_finite(worst.item(), "the gradient norm")
         if logs:
-            nll, kl = (sums / denominator(batch, args.normalize)).tolist()
+            nll, kl = (sums / denominator(batch, "tokens")).tolist()  # a target token, as dev's
             loss = nll + args.rdrop_alpha * kl
             line = {"step": step, "epoch": round(step / steps_per_epoch, 4), "lr": lr, "nll": nll, "kl": kl, "loss": loss}
             write_log({**line, "grad_norm": norm.item()})

@@ -162,6 +162,8 @@ def test_archives_become_the_published_layout(server, tmp_path, monkeypatch):
     lost.unlink()
     fetch(tmp_path / "got", PAIRS, CODES, "publisher")
     assert mine.read_text() == "my own\n" and lost.read_bytes() == texts(published)[str(lost.relative_to(tmp_path / "got"))]
+    entries = json.loads((tmp_path / "got/sources.json").read_text())["flores-200"]  # where the other files are from is still known
+    assert [len(entry["files"]) for entry in entries] == [2 * len(CODES), 1]
     (tmp_path / "got/de-en.tar.gz").write_bytes(server.files["/de-en.tar.gz"][:300])
     corpora.opus_files(tmp_path / "got", "de-en", "dev")[0].unlink()
     with pytest.raises(UserError, match="not the file that was published"):

@@ -157,6 +157,8 @@ def test_low_rank_update_is_eq_4(lm, adapter):
 
 def test_export_command_refuses_unknown_languages(adapter_folder, tmp_path):
     refuses(ROOT / "crosslora.py", "--adapter", adapter_folder, "--src", "xx", "--tgt", "de", "--peft", tmp_path, says="no expert for 'xx'")
+    refuses(ROOT / "crosslora.py", "--adapter", adapter_folder, "--src", "en", "--tgt", "de", "--peft", ROOT / "README.md/x",
+            says="README.md/x: Not a directory")
     refuses(ROOT / "crosslora.py", "--adapter", adapter_folder, "--src", "de", "--tgt", "de", "--peft", tmp_path, says="both de")
     refuses(ROOT / "crosslora.py", "--adapter", tmp_path, "--src", "en", "--tgt", "de", "--peft", tmp_path, says="no adapter.json")
 

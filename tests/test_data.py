@@ -1,6 +1,10 @@
 """Prompts, encoding, corpora and files (invariants 6, 10 and 11)."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from collections import Counter
 
 import numpy as np
@@ -116,7 +120,7 @@ GOOD = {"src_lang": "de", "tgt_lang": "zh", "src": "Hund", "tgt": "狗", "origin
     (json.dumps({**GOOD, "src": "   "}), "'src' is empty"),
     (json.dumps({k: v for k, v in GOOD.items() if k != "tgt"}), "no text under 'tgt'"),
     (json.dumps({**GOOD, "src_lang": "zh"}), "both 'zh'"),
-    ("", "not a JSON object"),
+    ("", "an empty line"),
     (json.dumps({**GOOD, "src": "\ud800"}), "surrogates not allowed"),
 ])
 def test_bad_lines_are_named(line, says, tmp_path):
@@ -201,6 +205,7 @@ def test_command_writes_once_and_guards_its_folder(tmp_path):
     refuses(ROOT / "data.py", "--data", root, "--out", tmp_path / "o", "--languages", "en,xx", says="unknown language 'xx'")
     refuses(ROOT / "data.py", "--data", root, "--out", tmp_path / "o", "--languages", "en", says="at least two")
     refuses(ROOT / "data.py", "--data", root, "--out", tmp_path / "o", "--train-pairs", -5, says="must be at least 0")
+    refuses(ROOT / "data.py", "--data", root, "--out", tmp_path / "o", "--max-ratio", "nan", says="--max-ratio nan: must be at least 1")
     (root / "flores200_dataset/dev/deu_Latn.dev").unlink()
     refuses(ROOT / "data.py", "--data", root, "--out", tmp_path / "o", says="deu_Latn.dev")
     assert not (tmp_path / "o").exists()
@@ -216,13 +221,32 @@ def test_one_process_at_a_time(tmp_path):
 
 def test_claim_leaves_strangers_alone(tmp_path):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(UserError, match="not a run of this script"):
+    with pytest.raises(UserError, match="is a file"):
         claim(tmp_path / "file", {"a": 1}, write=False)
     (tmp_path / "file").unlink()
+    claim(tmp_path / "run", {"lr": 1, "rank": 2, "seed": 0}).close()
+    with pytest.raises(UserError, match="rank was 2, now 3"):
+        claim(tmp_path / "run", {"lr": 1, "rank": 3, "seed": 0, "new": 1})
+    with pytest.raises(UserError, match="the run of another script"):
+        claim(tmp_path / "run", {"pairs": 1, "max_ratio": 2, "seed": 0})
+    shutil.rmtree(tmp_path / "run")
     (tmp_path / "precious.txt").write_text("mine")
     with pytest.raises(UserError, match="not empty"):
         claim(tmp_path, {"a": 1})
     assert [p.name for p in tmp_path.iterdir()] == ["precious.txt"]
+
+
+def test_what_the_system_refuses_is_one_line():
+    """A full disk, a pipe that nobody reads any more, a folder that is none: at whatever moment."""
+    closed = os.pipe()
+    os.close(closed[0])
+    code = "import sys; from pathlib import Path; from files import run_main; run_main(lambda: {})"
+    for what, stdout, says in (("print('a' * 9)", open("/dev/full", "w"), "output: No space left on device"),
+                               ("print('a' * 9)", closed[1], "output: Broken pipe"),
+                               ("print('a' * 99999)", open("/dev/full", "w"), "output: No space left on device"),
+                               ("Path('files.py/x').mkdir()", subprocess.DEVNULL, "files.py/x: Not a directory")):
+        shown = subprocess.run([sys.executable, "-c", code.format(what)], stdout=stdout, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+        assert shown.returncode == 2 and shown.stderr == f"-c: error: {says}\n", shown
 
 
 def test_real_text_goes_through(shared, checkpoint, tokenizer):

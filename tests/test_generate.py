@@ -90,6 +90,7 @@ def test_order_is_by_length_and_keeps_directions_together():
 
 def test_max_new_tokens_is_exact_and_says_so(engine, sentences):
     rows = [row for row in sentences[:16] if naive(engine, row, 3)[1] == "length"]
+    assert len(rows) > 3
     for text, finish in translate_batch(engine, rows, 3):
         assert finish == "length"
     whole = [naive(engine, row, 3) for row in rows]
@@ -226,7 +227,9 @@ def test_kill_and_resume_command(adapter_folder, sentences, tmp_path):
 def test_bad_input(adapter_folder, tmp_path):
     base = (ROOT / "generate.py", "--adapter", adapter_folder)
     refuses(*base, "--src", "de", "--tgt", "xx", "Hund", says=["--tgt xx", "known: en, de"])
+    refuses(*base, "--src", "de", "Hund", says="--tgt is needed; known: en, de")
     refuses(*base, "--src", "de", "--tgt", "de", "Hund", says="both de")
+    refuses(*base, "--src", "de", "--tgt", "is", "--output", tmp_path / "o", "Hund", says="--input goes with --output")
     refuses(ROOT / "generate.py", "--src", "de", "--tgt", "is", "Hund", says="--adapter or --model is needed")
     refuses(ROOT / "generate.py", "--adapter", tmp_path, "--src", "de", "--tgt", "is", "Hund", says="no adapter.json")
     refuses(*base, "--input", tmp_path / "none.jsonl", "--output", tmp_path / "o", says="none.jsonl")

@@ -104,13 +104,17 @@ def test_pivot_keeps_the_first_good_pairs_whatever_the_rounds(share, source, tmp
             for i, row in enumerate(rows):
                 yield i, *translation(row["tgt_lang"], row["src"])
 
+    wider = ", but wider"
+
     def translation(tgt_lang, src):
         number = int(src.split()[1])
         if tgt_lang == "en":
-            return ("" if number % 5 == 0 else f"en {number} same length"), "stop"
+            return ("" if number % 5 == 0 else f"en {number} same length" + wider * (number % 11 == 6)), "stop"
         fault = (number + len(LANGUAGES) * list(LANGUAGES).index(tgt_lang)) % 7  # another one in every language
         text = {1: f"{tgt_lang} 0 this comes again", 3: f"fr {number} same length", 4: f"{tgt_lang} {number} " + 99 * "long"}
-        return text.get(fault, f"{tgt_lang} {number} same length"), "length" if fault == 2 else "stop"
+        # From wider English a target that is no longer than 2.5 times that, but than 2.5 times X.
+        usual = f"{tgt_lang} {number} same length" + (4 * " and long" if src.endswith(wider) else "")
+        return text.get(fault, usual), "length" if fault == 2 else "stop"
 
     sources = {lang: [f"{lang} {number} same length" for number in range(300)] for lang in list(LANGUAGES)[1:]}
     rows = [{"src_lang": lang, "tgt_lang": "en", "src": text} for lang, texts in sources.items() for text in texts]
@@ -128,7 +132,8 @@ def test_pivot_keeps_the_first_good_pairs_whatever_the_rounds(share, source, tmp
         mine = shuffled if share == "--share-english" else shuffled[others.index(y) :: 4]
         good, faults = {}, Counter()
         for src in mine:
-            hyp, finish = translation(y, src) if int(src.split()[1]) % 5 else ("", "stop")
+            english, _ = translation("en", src)
+            hyp, finish = translation(y, english) if english else ("", "stop")
             why = ("en: empty" if not hyp
                    else "cut_off" if finish == "length"
                    else "off_target" if hyp[:2] != y
@@ -236,4 +241,7 @@ def test_evaluate_bad_input(adapter_folder, sentences, tmp_path):
     refuses(ROOT / "evaluate.py", "--table", tmp_path, says="scores.json")
     write_jsonl(tmp_path / "nohyp.jsonl", [{**sentences[0], "src_lang": "de", "tgt_lang": "zh"}])
     refuses(ROOT / "evaluate.py", "--directions", "de-zh", "--hypotheses", tmp_path / "nohyp.jsonl", "--out", tmp_path / "o", says="'hyp'")
+    refuses(*base, "--directions", "", says="'' is not a pair of known languages")  # an unset variable of the shell's, perhaps
+    (tmp_path / "empty.jsonl").write_text("")
+    refuses(ROOT / "evaluate.py", "--all-directions", "--hypotheses", tmp_path / "empty.jsonl", "--out", tmp_path / "o", says="no pairs for any")
     assert not (tmp_path / "o").exists()

@@ -69,11 +69,13 @@ def test_the_makefile_is_the_map_of_the_method():
 
 def test_every_flag_in_the_readme_exists():
     """Each --flag of a command line in README, Makefile or a script's own docstring is one that its script takes."""
-    scripts = [*ROOT.glob("*.py"), *ROOT.glob("examples/tiny/*.py")]
+    scripts = [*ROOT.glob("*.py"), *ROOT.glob("examples/tiny/*.py"), *ROOT.glob("bench/*.py")]
     takes = {path.name: set(re.findall(r'add_argument\("(--[\w-]+)"', path.read_text())) for path in scripts}
     shared = takes["generate.py"] - {"--src", "--tgt", "--input", "--output"}
     for name in ("train.py", "pivot.py", "evaluate.py", "baselines.py"):
         takes[name] |= shared | {"--system"} if name != "train.py" else {"--device", "--dtype"}
+    for name in ("train_speed.py", "generate_speed.py", "cost.py"):
+        takes[name] |= takes["common.py"]
     readme = (ROOT / "README.md").read_text()
     for variable, script in (("$TRAIN", "train.py"), ("$EVAL", "evaluate.py"), ("$PIVOT", "pivot.py")):
         readme = readme.replace(variable, script)

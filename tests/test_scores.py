@@ -96,6 +96,10 @@ def test_comet_scores_every_row_in_its_place(comet_folder, monkeypatch, tmp_path
     printed = inside(*again, "--comet", tmp_path / "h.jsonl")  # another one, which can't be loaded
     assert "can't be loaded" in printed and f"COMET: {comet_folder}, times 100" in printed
     assert read_json(tmp_path / "out/scores.json")["directions"] == got
+    # Other hypotheses don't.
+    (tmp_path / "out/scores.json").write_text(json.dumps({**read_json(tmp_path / "out/scores.json"), "hypotheses_sha256": "others"}))
+    inside(*again)
+    assert not any("comet" in scores for scores in read_json(tmp_path / "out/scores.json")["directions"].values())
 
 
 def test_a_failing_comet_keeps_the_other_scores(tmp_path, monkeypatch):
@@ -110,6 +114,16 @@ def test_a_failing_comet_keeps_the_other_scores(tmp_path, monkeypatch):
     assert f"--comet {tmp_path / 'broken'}: can't be loaded (" in scores["notes"][0] and scores["notes"][0] in printed
     with pytest.raises(UserError, match="Unbabel/wmt22-comet-da: the hub did not give it .*HF_HUB_OFFLINE"):
         load_comet("Unbabel/wmt22-comet-da")
+
+    class Full:
+        def predict(self, *args, **kwargs):
+            raise RuntimeError("CUDA out of memory")
+
+    monkeypatch.setattr("scores.load_comet", lambda name: Full())
+    printed = inside(ROOT / "evaluate.py", "--directions", "en-de", "--hypotheses", tmp_path / "h.jsonl",
+                     "--out", tmp_path / "full", "--comet", "loaded")
+    assert read_json(tmp_path / "full/scores.json")["notes"] == ["--comet: scoring failed (RuntimeError: CUDA out of memory)"]
+    assert "CUDA out of memory" in printed and (tmp_path / "full/heatmaps/bleu.png").exists()
 
 
 def test_paired_bootstrap_is_sacrebleus_command(tmp_path):
@@ -152,6 +166,10 @@ def test_the_commands_of_tables_figures_and_comparisons(tmp_path):
     assert f"| de-zh | {good['directions']['de-zh']['bleu']:.2f} |" in row and row.endswith("| 37.96 |")
     resampled = inside(ROOT / "evaluate.py", "--out", tmp_path / "good", "--against", tmp_path / "bad", "--samples", 100)
     assert "BLEU: good better in 4, bad better in 0 of 4 directions (p < 0.05)" in resampled and "| de-zh |" in resampled
+    shutil.copytree(tmp_path / "good", tmp_path / "again/good")
+    with_itself = inside(ROOT / "evaluate.py", "--out", tmp_path / "good", "--against", tmp_path / "again/good", "--samples", 100)
+    assert with_itself.splitlines()[2].split(" | ")[3] == "-"  # no difference has no p
+    assert with_itself.count("good better in 0, good better in 0 of 4 directions") == 2
     refuses(ROOT / "evaluate.py", "--compare", "paper", says="goes with --table")
     run = tmp_path / "run"
     run.mkdir()

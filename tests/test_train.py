@@ -332,6 +332,29 @@ def test_a_run_that_diverges_stops_and_keeps_no_adapter(checkpoint, data, tmp_pa
     assert not (tmp_path / "out/adapter").exists()
 
 
+def test_every_step_and_rank_draws_its_own_dropout(checkpoint, data, tmp_path, monkeypatch):
+    """What sets the masks, in a run of one process and in what the second of two would do (it writes nothing)."""
+    seeds, alone = {0: [], 1: []}, shutil.copytree(data, tmp_path / "no dev")
+    (alone / "stage1.dev.jsonl").write_text("")
+    for rank, found in seeds.items():
+        monkeypatch.setattr("devices.init_distributed", lambda device: Ranks(rank, 1))
+        monkeypatch.setattr("torch.manual_seed", lambda seed, real=torch.manual_seed: found.append(seed) or real(seed))
+        inside(*command(checkpoint, alone, tmp_path / str(rank), "--seed", 7))
+        monkeypatch.undo()
+    steps = json.loads((tmp_path / "0/summary.json").read_text())["steps"]
+    of_steps = {rank: [seed for seed in found if seed > 4096] for rank, found in seeds.items()}  # the other: A's beginning
+    assert len(of_steps[0]) == len(of_steps[1]) == steps > 4
+    assert len({*of_steps[0], *of_steps[1]}) == 2 * steps
+
+
+def test_what_is_logged_is_a_target_token_s_whatever_the_loss_is_divided_by(checkpoint, data, tmp_path):
+    first = {}
+    for by in ("tokens", "sequences"):
+        inside(*command(checkpoint, data, tmp_path / by, "--normalize", by, "--max-steps", 1))
+        first[by] = {k: v for k, v in read_rows(tmp_path / by / "metrics.jsonl")[0].items() if k != "grad_norm"}
+    assert first["tokens"] == first["sequences"]
+
+
 @pytest.mark.parametrize("log_every", [1, 5, 1000])
 def test_an_adapter_that_is_no_number_is_never_kept(log_every, checkpoint, data, tmp_path):
     """Whatever is logged: before each checkpoint and each adapter the run looks back at all its steps."""
@@ -380,7 +403,10 @@ def test_bad_input_is_one_line_before_any_work(checkpoint, data, adapter_folder,
     refuses(*command(checkpoint, data, out, "--max-length", 5), says="no training pair fits")
     refuses(*command(checkpoint, data, out, "--init-adapter", adapter_folder, "--rank", 8, "--alpha", 8), says="rank was 4, now 8")
     refuses(*command(checkpoint, data, out, "--init-adapter", adapter_folder), says="alpha was 8, now 64")
-    for flag, value in (("--seed", -1), ("--max-steps", -1), ("--epochs", 0), ("--lr", -1), ("--rdrop-alpha", -1)):
+    refuses(*command(checkpoint, data, out, "--pseudo", tmp_path), says="--pseudo and --stage-2-data are Stage 2's")
+    refuses(*command(checkpoint, data, out, "--stage-2-data", "pseudo"), says="--pseudo and --stage-2-data are Stage 2's")
+    for flag, value in (("--seed", -1), ("--max-steps", -1), ("--epochs", 0), ("--lr", -1), ("--rdrop-alpha", -1), ("--warmup-ratio", 5),
+                        ("--lr", "nan")):
         refuses(*command(checkpoint, data, out, flag, value), says=f"{flag} {value}")
     assert not out.exists()
     broken = tmp_path / "broken"

@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's scripts lie flat at its root
 from data import LANGUAGES  # noqa: E402
-from files import claim, run_main, write_atomic  # noqa: E402
+from files import at_least, claim, run_main, write_atomic  # noqa: E402
 
 # One noun a line. German, Icelandic, Czech, Russian: gender, nominative, accusative (Icelandic with its suffixed
 # article); Czech and Russian masculines are "a" (animate) or "i" (inanimate). Chinese: measure word, noun.
@@ -184,6 +184,7 @@ def main():
     parser.add_argument("--test", type=int, default=200, help="OPUS-100 test pairs, and FLORES-200 devtest lines")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    at_least(1, args, "train", "dev", "test")
     out, config = Path(args.out), {k: v for k, v in vars(args).items() if k != "out"}
     claim(out, config, write=False)
     if (out / "done").exists():
