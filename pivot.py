@@ -58,9 +58,9 @@ def main():
     add_engine_arguments(parser)
     add_system_argument(parser)
     args = parser.parse_args()
-    at_least(1, args, "batch_size", "max_new_tokens")
-    if args.pairs < 1 or not 0 <= args.dev_share < 1 or not args.max_ratio >= 1:
-        raise UserError("--pairs must be at least 1, --dev-share in [0, 1), --max-ratio at least 1")
+    at_least(1, args, "batch_size", "max_new_tokens", "pairs", "max_ratio")
+    if not 0 <= args.dev_share < 1:
+        raise UserError(f"--dev-share {args.dev_share}: must lie in [0, 1)")
     out, source_file = Path(args.out), Path(args.data) / "pivot.source.jsonl"
     ranks = init_distributed(args.device)
     pool = {}  # X -> its sentences, each once
