@@ -1,315 +1,375 @@
-"""CrossLoRA: one LoRA expert a language, A picked by the source and B by the target (section 3.2), and its rivals.
+"""CrossLoRA: one LoRA expert per language, A by the source and B by the target (section 3.2).
 
-    python crosslora.py --adapter runs/stage2/adapter --src de --tgt zh --peft exported    # one direction for peft, vLLM
-    python crosslora.py --counts                                                           # Table 3's last column
+Every adapted projection holds a bank of A matrices and a bank of B matrices. A router turns a
+sequence's (source, target) into one expert of each bank; the adapters that the paper compares
+differ in that table alone (plain LoRA in its rank, too), but for MoLoRA (top-k), which learns to
+route each token.
 
-Every adapted projection holds a bank of A matrices (R x D_in) and a bank of B matrices (D_out x R). A router turns a
-sequence's (source, target) into one expert of each bank; only MoLoRA (top-k) learns it, from each token. How the chosen ones
-meet their tokens is in experts.py. B batch rows, N tokens of all rows, R rank, n experts of A and m of B present.
+    adapter = CrossLoRA(model.cfg, ["en", "de", "zh"])
+    lora = adapter(["de", "en"], ["zh", "de"])      # A_de with B_zh, A_en with B_de
+    hidden = model(tokens, lora)                    # (2, T) -> (2, T, D)
+
+Shapes: B batch rows, T tokens, D_in and D_out of a projection, R rank, n experts of a bank or those
+of them in a batch, k of a token. As matrices, A is (R, D_in) and B (D_out, R).
 """
 
-import argparse
-import json
 import math
 import os
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import nn
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
-from experts import EveryExpert, LowRank, PerRow, RoutedLowRank, StackedTransposes, blocks, runs
-from files import UserError, at_least, read_json, run_main, write_atomic
+from model import Config
+from support import runs
+from support.runs import UserError
+from support.weights import misfits, read_tensors
 
-TARGET_MODULES = ("gate_proj", "up_proj", "down_proj")  # section A.1
+TARGET_MODULES = ("gate_proj", "up_proj", "down_proj")  # section A.1; others take --plain
 GROUPS = "en,de,is/cs,ru/zh"  # Table 4
 
 
-def crosslora_route(src_lang, tgt_lang):
-    """The static router of eq. 5: f(x; i, j) = 1 only for i = x_src and j = x_tgt. Returns (expert of A, expert of B)."""
+def projection_shape(cfg: Config, name: str) -> tuple[int, int]:
+    """(D_in, D_out) of an adapted projection."""
+    shapes = {
+        "gate_proj": (cfg.hidden_size, cfg.intermediate_size),
+        "up_proj": (cfg.hidden_size, cfg.intermediate_size),
+        "down_proj": (cfg.intermediate_size, cfg.hidden_size),
+    }
+    return shapes[name]
+
+
+# --- routers: (source, target) -> names of the experts of A and B ---------------------------------
+
+
+def crosslora_route(src_lang: str, tgt_lang: str) -> tuple[str, str]:
+    """Eq. 5: f(x; i, j) = 1 for i = x_src and j = x_tgt, else 0."""
     return src_lang, tgt_lang
 
 
-ROUTES = {  # sections 4.3 and 5.2: (source, target) -> names of the experts of A and B
+def single_route(src_lang: str, tgt_lang: str) -> tuple[str, str]:
+    """Plain LoRA, with rank and alpha scaled to as many parameters (section 4.3)."""
+    return "all", "all"
+
+
+def direction_route(src_lang: str, tgt_lang: str) -> tuple[str, str]:
+    """MoLoRA (static): an expert per direction (section 4.3)."""
+    direction = f"{src_lang}-{tgt_lang}"
+    return direction, direction
+
+
+def shared_source_route(src_lang: str, tgt_lang: str) -> tuple[str, str]:
+    """Table 3: one A for all source languages."""
+    return "all", tgt_lang
+
+
+def shared_target_route(src_lang: str, tgt_lang: str) -> tuple[str, str]:
+    """Table 3: one B for all target languages."""
+    return src_lang, "all"
+
+
+ROUTES = {
     "crosslora": crosslora_route,
-    "lora": lambda src_lang, tgt_lang: ("all", "all"),  # rank and alpha times the number of languages: as many parameters
-    "molora-static": lambda src_lang, tgt_lang: (f"{src_lang}-{tgt_lang}",) * 2,
-    "molora-topk": None,  # learned, see experts.RoutedLowRank
-    "shared-source": lambda src_lang, tgt_lang: ("all", tgt_lang),
-    "shared-target": lambda src_lang, tgt_lang: (src_lang, "all"),
-    "groups": crosslora_route,  # between groups of languages
+    "lora": single_route,
+    "molora-static": direction_route,
+    "molora-topk": None,  # learned, see RoutedLowRank
+    "shared-source": shared_source_route,
+    "shared-target": shared_target_route,
+    "groups": crosslora_route,  # between groups of languages (Table 3: 3 experts)
 }
 
 
-def parse_groups(text, languages):
-    """'en,de,is/cs,ru/zh' -> {language: its group's name}. Raises UserError unless each language is in one group."""
-    groups = [[code.strip() for code in group.split(",")] for group in text.split("/")]
-    if sorted(code for group in groups for code in group) != sorted(languages):
+def parse_groups(text: str, languages: list[str]) -> dict[str, str]:
+    """'en,de,is/cs,ru/zh' -> {language: its group's name}. Raises UserError unless each language
+    is in one group."""
+    group_of = {}
+    named = 0
+    for group in text.split("/"):
+        codes = [code.strip() for code in group.split(",")]
+        named += len(codes)
+        for code in codes:
+            group_of[code] = "+".join(codes)
+    if sorted(group_of) != sorted(languages) or named != len(languages):
         raise UserError(f"--groups {text}: must name each of {', '.join(languages)} once")
-    return {code: "+".join(group) for group in groups for code in group}
+    return group_of
+
+
+# --- updates: what an adapter adds to a projection ------------------------------------------------
+
+
+class LowRank:
+    """Eq. 4 for a batch: each row by its own A_src and B_tgt."""
+
+    def __init__(self, A: Tensor, B: Tensor, scale: float, dropout: float):
+        self.A, self.B = A, B  # (B, R, D_in), (B, D_out, R)
+        self.scale, self.dropout = scale, dropout
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x (B, T, D_in) -> (B, T, D_out)."""
+        x = F.dropout(x, self.dropout, training=self.dropout > 0)
+        h = torch.bmm(x, self.A.mT)  # A_src x: (B, T, D_in) x (B, D_in, R) -> (B, T, R)
+        # Eq. 4, B_tgt A_src x: (B, T, R) x (B, R, D_out) -> (B, T, D_out)
+        return torch.bmm(h * self.scale, self.B.mT)
+
+
+class RoutedLowRank:
+    """Eqs. 2 and 3, MoLoRA (top-k): a learned router picks the experts of each token."""
+
+    def __init__(self, bank: "Bank", top_k: int, scale: float, dropout: float, dtype: torch.dtype):
+        self.A = torch.stack(list(bank.lora_A.values())).to(dtype)  # (n, R, D_in)
+        self.B = torch.stack(list(bank.lora_B.values())).to(dtype)  # (n, D_out, R)
+        self.router = bank.router  # (n, D_in), fp32
+        self.top_k, self.scale, self.dropout = top_k, scale, dropout
+        self.gates = None  # (B, T, n) of the last call, for support/routing.py
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x (B, T, D_in) -> (B, T, D_out)."""
+        scores = F.linear(x.float(), self.router).softmax(dim=-1)  # eq. 2: (B, T, n)
+        weights, chosen = scores.topk(self.top_k, dim=-1)  # (B, T, k)
+        self.gates = torch.zeros_like(scores).scatter(-1, chosen, weights)  # (B, T, n)
+        x = F.dropout(x, self.dropout, training=self.dropout > 0)
+        h = torch.einsum("btd,nrd->btnr", x, self.A)  # (B, T, D_in) -> (B, T, n, R)
+        h = h * self.gates.to(x.dtype)[..., None] * self.scale  # (B, T, n, R) x (B, T, n, 1)
+        return torch.einsum("btnr,nor->bto", h, self.B)  # eq. 3, sum over experts: (B, T, D_out)
+
+
+def present_experts(names: list[str], device: torch.device) -> tuple[list[str], Tensor]:
+    """The experts of a batch, each once, and the index (B,) of every row's among them."""
+    present = sorted(set(names))
+    index = torch.tensor([present.index(name) for name in names], device=device)
+    return present, index
+
+
+def gather(
+    experts: nn.ParameterDict, present: list[str], index: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """Every row's expert, (B, R, D_in) or (B, D_out, R). Only those present take part, so that
+    others get no gradient at all."""
+    stack = torch.stack([experts[name] for name in present]).to(
+        dtype
+    )  # (n, R, D_in) or (n, D_out, R)
+    return stack.index_select(0, index)  # (n, ...) -> (B, ...)
+
+
+# --- the adapter ----------------------------------------------------------------------------------
 
 
 class Bank(nn.Module):
-    """The experts of one projection, each its own Parameter: an expert that no sequence of a step uses has no
-    gradient at all, so the optimizer passes it over, moments and weight decay included (section 3.2, "frozen").
-    With a learned router all experts see every batch, and those that no token chose get a gradient of zero."""
+    """The experts of one projection, each a Parameter of its own: an expert that no sequence of a
+    step uses has no gradient, so the optimizer passes it over, moments and weight decay included
+    (section 3.2: "the remaining experts stay frozen"). With a learned router all experts see every
+    batch, and those that no token chose get a gradient of zero."""
 
-    def __init__(self, d_in, d_out, rank, a_experts, b_experts, learned):
+    def __init__(
+        self, d_in: int, d_out: int, rank: int, a_experts: list, b_experts: list, learned: bool
+    ):
         super().__init__()
-        self.lora_A = nn.ParameterDict({name: nn.Parameter(torch.empty(rank, d_in)) for name in a_experts})
-        # In memory (R, D_out): products out of a rank take half the time, and gradients come so.
-        self.lora_B = nn.ParameterDict({name: nn.Parameter(torch.zeros(rank, d_out).t()) for name in b_experts})
-        for A in self.lora_A.values():
-            nn.init.kaiming_uniform_(A, a=math.sqrt(5))  # as LoRA's authors and peft do; B = 0, so the start is the backbone
-        self.router = nn.Parameter(torch.empty(len(a_experts), d_in)) if learned else None  # W^MoL of eq. 2
+        self.lora_A = nn.ParameterDict()
+        self.lora_B = nn.ParameterDict()
+        self.router = None
+        for name in a_experts:
+            self.lora_A[name] = nn.Parameter(torch.empty(rank, d_in))
+            # As LoRA's authors and peft do. B = 0, so that the start is the backbone.
+            nn.init.kaiming_uniform_(self.lora_A[name], a=math.sqrt(5))
+        for name in b_experts:
+            self.lora_B[name] = nn.Parameter(torch.zeros(d_out, rank))
         if learned:
-            nn.init.kaiming_uniform_(self.router, a=math.sqrt(5))  # not 0: equal scores would send all tokens to one expert
+            self.router = nn.Parameter(torch.empty(len(a_experts), d_in))  # W^MoL of eq. 2
+            # Not 0, since equal scores would send all tokens to one expert.
+            nn.init.kaiming_uniform_(self.router, a=math.sqrt(5))
 
 
 class CrossLoRA(nn.Module):
-    """All experts of all layers. Calling it with the languages of a batch gives what model.CausalLM takes as `lora`."""
+    """All experts of all layers. Called with a batch's languages it gives the updates that
+    model.CausalLM takes as `lora`."""
 
-    def __init__(self, cfg, languages, rank=16, alpha=64, dropout=0.1, variant="crosslora", groups=GROUPS, top_k=1):
-        """cfg: the backbone's model.Config. rank, alpha, dropout: section 4.2. variant: a key of ROUTES; groups and
-        top_k matter to `groups` and `molora-topk`. Parameters are fp32 on the CPU."""
+    def __init__(
+        self,
+        cfg: Config,
+        languages: list[str],
+        rank: int = 16,
+        alpha: float = 64,
+        dropout: float = 0.1,
+        variant: str = "crosslora",
+        groups: str = GROUPS,
+        top_k: int = 1,
+    ):
+        """rank, alpha, dropout: section 4.2. variant: a key of ROUTES; `groups` and `top_k` matter
+        to `groups` and `molora-topk`. Parameters are fp32. Raises UserError for bad groups or
+        top_k."""
         super().__init__()
-        self.languages, self.rank, self.alpha, self.dropout, self.variant = list(languages), rank, alpha, dropout, variant
+        self.languages, self.variant = list(languages), variant
+        self.rank, self.alpha, self.dropout = rank, alpha, dropout
         self.scale = alpha / rank  # of every update (section 4.2)
         self.learned = variant == "molora-topk"
-        self.groups, self.top_k = groups if variant == "groups" else None, top_k if self.learned else None
-        self.group = parse_groups(groups, languages) if variant == "groups" else {code: code for code in languages}
-        if self.learned:
-            if not 1 <= top_k <= len(languages):
-                raise UserError(f"--top-k {top_k}: there are {len(languages)} experts")
-            a_experts = b_experts = [f"e{i}" for i in range(len(languages))]
-        else:
-            pairs = [(s, t) for s in languages for t in languages if s != t]
-            a_experts, b_experts = (list(dict.fromkeys(side)) for side in zip(*(self.route(s, t) for s, t in pairs)))
-        self.experts = a_experts, b_experts
-        sizes = {"gate_proj": (cfg.hidden_size, cfg.intermediate_size), "up_proj": (cfg.hidden_size, cfg.intermediate_size),
-                 "down_proj": (cfg.intermediate_size, cfg.hidden_size)}
-        self.layers = nn.ModuleList(
-            nn.ModuleDict({name: Bank(*sizes[name], self.expert_rank, a_experts, b_experts, self.learned) for name in TARGET_MODULES})
-            for _ in range(cfg.num_hidden_layers)
-        )
+        self.groups = groups if variant == "groups" else None
+        self.top_k = top_k if self.learned else None
+        self.language_groups = None
+        if variant == "groups":
+            self.language_groups = parse_groups(groups, self.languages)
+        if self.learned and not 1 <= top_k <= len(languages):
+            raise UserError(f"--top-k {top_k}: there are {len(languages)} experts")
+        a_experts, b_experts = self.expert_names()
+        self.layers = nn.ModuleList()
+        for _ in range(cfg.num_hidden_layers):
+            banks = nn.ModuleDict()
+            for name in TARGET_MODULES:
+                d_in, d_out = projection_shape(cfg, name)
+                r = self.expert_rank
+                banks[name] = Bank(d_in, d_out, r, a_experts, b_experts, self.learned)
+            self.layers.append(banks)
 
     @property
-    def expert_rank(self):
-        """Rank of one expert. Plain LoRA's is scaled, and alpha with it, to CrossLoRA's parameter count (section 4.3)."""
-        return self.rank * (len(self.languages) if self.variant == "lora" else 1)
+    def expert_rank(self) -> int:
+        """Rank of one expert. Plain LoRA's is scaled, and its alpha, to CrossLoRA's parameter count
+        (section 4.3)."""
+        return self.rank * len(self.languages) if self.variant == "lora" else self.rank
 
     @property
-    def device(self):
+    def device(self) -> torch.device:
         return next(self.parameters()).device
 
-    def route(self, src_lang, tgt_lang):
+    def route(self, src_lang: str, tgt_lang: str) -> tuple[str, str]:
         """Names of the experts of A and B for a direction. Not defined where tokens are routed."""
-        return ROUTES[self.variant](self.group[src_lang], self.group[tgt_lang])
+        if self.language_groups is not None:
+            src_lang = self.language_groups[src_lang]
+            tgt_lang = self.language_groups[tgt_lang]
+        return ROUTES[self.variant](src_lang, tgt_lang)
 
-    def forward(self, src_langs, tgt_langs, dtype=torch.float32, dropout=False, counts=None, last=None, together=None, stacked=None):
-        """The experts of each row: over layers {projection: PerRow, EveryExpert or RoutedLowRank}, a list, or of EveryExpert a generator,
-        good for one pass. Gradients reach the experts present and no others.
-
-        src_langs, tgt_langs: B language codes. dtype: that of the backbone's activations. counts: how many tokens of each row stand one
-        after another, default: equally many, and last: how many of them in the last layer, if not all. together: EveryExpert, which
-        needs counts; default: on a GPU, with counts. stacked: stacked(dtype), if that is at hand.
-        """
-        scale, p, last = self.scale, self.dropout if dropout else 0.0, last or counts
+    def expert_names(self) -> tuple[list[str], list[str]]:
+        """Names of all experts of A and of B."""
         if self.learned:
-            every_A = lambda bank: torch.stack([*bank.lora_A.values()]).to(dtype)  # (n, R, D_in)
-            every_B = lambda bank: StackedTransposes.apply(*bank.lora_B.values()).to(dtype)  # (n*R, D_out)
-            return [*self._each_bank(lambda bank: RoutedLowRank(every_A(bank), every_B(bank), bank.router, self.top_k, scale, p))]
-        routes = [self.route(s, t) for s, t in zip(src_langs, tgt_langs, strict=True)]
-        if together or together is None and counts is not None and self.device.type == "cuda":
-            present = None if stacked else [sorted(set(side)) for side in zip(*routes)]
-            most, at_end = (self.columns(src_langs, tgt_langs, n, present) for n in (counts, last))
-            return self.by_token(stacked or self.stacked(dtype, present), [most] * (len(self.layers) - 1) + [at_end], dropout)
-        most, at_end = ([runs(names, n or [1] * len(routes)) for names in zip(*routes)] for n in (counts, last))
-        *others, end = self.layers
-        return [*self._each_bank(lambda bank: PerRow(bank, *most, scale, p, dtype), others),
-                *self._each_bank(lambda bank: PerRow(bank, *at_end, scale, p, dtype), [end])]
+            names = [f"e{i}" for i in range(len(self.languages))]
+            return names, names
+        a_experts, b_experts = {}, {}  # dicts, which keep the order of the languages
+        for src_lang in self.languages:
+            for tgt_lang in self.languages:
+                if src_lang != tgt_lang:
+                    a, b = self.route(src_lang, tgt_lang)
+                    a_experts[a] = b_experts[b] = True
+        return list(a_experts), list(b_experts)
 
-    def grouped(self, src_langs, tgt_langs, dtype=torch.float32, before=None):
-        """As forward, for decoding, without dropout and derivatives: a list over layers of {projection: LowRank}. before: the list it
-        gave for other rows. It is emptied: its memory is used again, and an expert that is at its place already is not copied again."""
-        routes = [self.route(s, t) for s, t in zip(src_langs, tgt_langs, strict=True)]
-        (a_names, a_rows, a_places), (b_names, b_rows, b_places) = map(blocks, zip(*routes))
-        as_they_stand = list(range(len(routes)))
-        moves = a_rows, [a_places[row] for row in b_rows], b_places
-        moves = [None if rows == as_they_stand else torch.tensor(rows, device=self.device) for rows in moves]
-        update = lambda bank, old: LowRank(bank, (a_names, b_names), moves, self.scale, dtype, old)
-        return [{name: update(bank, before and before[i].pop(name)) for name, bank in layer.items()} for i, layer in enumerate(self.layers)]
-
-    def stacked(self, dtype, experts=None):
-        """Experts as EveryExpert takes them, `experts` of A and B or all: for every layer {projection: (A, B)}, a generator, so that
-        a GPU has the layers before to compute."""
-        a, b = experts or self.experts
-        zeros = lambda bank: torch.zeros_like(bank.lora_A[a[0]])
-        every_A = lambda bank: torch.cat([*(bank.lora_A[name] for name in a), zeros(bank)]).to(dtype)  # (n*R + R, D_in)
-        every_B = lambda bank: StackedTransposes.apply(*(bank.lora_B[name] for name in b)).to(dtype)  # (m*R, D_out)
-        return self._each_bank(lambda bank: (every_A(bank), every_B(bank)))
-
-    def columns(self, src_langs, tgt_langs, counts, experts=None):
-        """EveryExpert's `columns` for rows of `counts` tokens one after another, among `experts` or all."""
-        R, (a, b) = self.expert_rank, experts or self.experts
-        routes = [self.route(s, t) for s, t in zip(src_langs, tgt_langs, strict=True)]
-        which = torch.tensor([(a.index(A), b.index(B)) for A, B in routes])  # (B, 2)
-        src, tgt = which.repeat_interleave(torch.tensor(counts), dim=0).split(1, dim=1)  # (B, 2) -> (N, 2) -> (N, 1) each
-        column = torch.arange(len(b) * R)
-        return torch.where(column // R == tgt, src * R, len(a) * R).add_(column % R).to(self.device)
-
-    def by_token(self, stacked, columns, dropout=False):
-        """As forward, a generator, from what stacked() gives and what columns() gives for each layer."""
+    def forward(
+        self,
+        src_langs: list[str],
+        tgt_langs: list[str],
+        dtype: torch.dtype = torch.float32,
+        dropout: bool = False,
+    ) -> list[dict]:
+        """For each layer {projection: its update}, of a batch whose B rows translate from
+        `src_langs` into `tgt_langs`. dtype: that of the backbone's activations. dropout: whether
+        the adapter's is on, as in training."""
         p = self.dropout if dropout else 0.0
-        update = lambda experts, mine: EveryExpert(*experts, mine, self.scale, p)
-        return ({name: update(experts, mine) for name, experts in layer.items()} for layer, mine in zip(stacked, columns))
+        if self.learned:
+            return [self.routed_updates(banks, p, dtype) for banks in self.layers]
+        routes = [self.route(s, t) for s, t in zip(src_langs, tgt_langs, strict=True)]
+        a_present, a_index = present_experts([a for a, _ in routes], self.device)
+        b_present, b_index = present_experts([b for _, b in routes], self.device)
+        lora = []
+        for banks in self.layers:
+            updates = {}
+            for name, bank in banks.items():
+                A = gather(bank.lora_A, a_present, a_index, dtype)  # (B, R, D_in)
+                B = gather(bank.lora_B, b_present, b_index, dtype)  # (B, D_out, R)
+                updates[name] = LowRank(A, B, self.scale, p)
+            lora.append(updates)
+        return lora
 
-    def _each_bank(self, update, layers=None):
-        return ({name: update(bank) for name, bank in layer.items()} for layer in (self.layers if layers is None else layers))
-
-    def describe(self, backbone_name, fingerprint, prompt_format, tokenizer_sha256, seed, steps):
-        """The content of adapter.json: all that is needed to rebuild the adapter and to refuse a wrong backbone."""
-        return {
-            "variant": self.variant, "languages": self.languages, "rank": self.rank, "alpha": self.alpha,
-            "groups": self.groups, "top_k": self.top_k, "dropout": self.dropout,
-            "target_modules": list(TARGET_MODULES), "backbone": str(backbone_name), "backbone_fingerprint": fingerprint,
-            "prompt_format": prompt_format, "tokenizer_sha256": tokenizer_sha256, "seed": seed, "steps": steps,
-        }
+    def routed_updates(self, banks: nn.ModuleDict, dropout: float, dtype: torch.dtype) -> dict:
+        updates = {}
+        for name, bank in banks.items():
+            updates[name] = RoutedLowRank(bank, self.top_k, self.scale, dropout, dtype)
+        return updates
 
 
-def save_adapter(adapter, description, folder):
-    """Write adapter.safetensors, then adapter.json (see CrossLoRA.describe), each atomically."""
+# --- adapter folders: adapter.safetensors and adapter.json ----------------------------------------
+
+
+def settings_of(adapter: CrossLoRA) -> dict:
+    """What rebuilds an adapter, but for the backbone's shape."""
+    return {
+        "variant": adapter.variant,
+        "languages": adapter.languages,
+        "rank": adapter.rank,
+        "alpha": adapter.alpha,
+        "dropout": adapter.dropout,
+        "groups": adapter.groups,
+        "top_k": adapter.top_k,
+        "target_modules": list(TARGET_MODULES),
+    }
+
+
+def save_adapter(adapter: CrossLoRA, folder: str | Path, made_for: dict, steps: int) -> None:
+    """Write adapter.safetensors, then adapter.json, which rebuilds the adapter and refuses what it
+    was not made for: `made_for` has the backbone's name and fingerprint, and what
+    data.Tokenizer.describe() tells."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: p.detach().cpu().contiguous() for name, p in adapter.state_dict().items()}
     temporary = folder / "adapter.safetensors.tmp"
-    save_file({k: v.detach().cpu().contiguous() for k, v in adapter.state_dict().items()}, temporary)
+    save_file(tensors, temporary)
     os.replace(temporary, folder / "adapter.safetensors")
-    write_atomic(folder / "adapter.json", json.dumps(description, indent=2) + "\n")
+    runs.write_json(folder / "adapter.json", {**settings_of(adapter), **made_for, "steps": steps})
 
 
-def read_description(folder):
-    """The adapter.json of an adapter folder. Raises UserError if it is missing or says too little."""
+def read_description(folder: str | Path) -> dict:
+    """The adapter.json of an adapter folder. Raises UserError if it is missing or says too
+    little."""
     path = Path(folder) / "adapter.json"
     if not path.exists():
-        raise UserError(f"{folder}: no adapter.json in it; --adapter takes the `adapter` folder that train.py writes")
-    description = read_json(path)
-    for key in ("variant", "languages", "rank", "alpha", "groups", "top_k", "dropout", "target_modules", "backbone",
-                "backbone_fingerprint", "prompt_format", "tokenizer_sha256"):
+        raise UserError(
+            f"{folder}: no adapter.json in it; an adapter is the `adapter` folder of a run of "
+            "train.py (`train.py --stage 1` makes runs/stage1/adapter)"
+        )
+    description = runs.read_json(path)
+    needed = "variant languages rank alpha dropout groups top_k target_modules backbone "
+    needed += "backbone_fingerprint prompt_format prompt_sha256 tokenizer_sha256"
+    for key in needed.split():
         if key not in description:
-            raise UserError(f"{path}: no {key!r} in it")
+            raise UserError(f"{path}: no {key!r} in it; train the adapter anew")
     if description["variant"] not in ROUTES:
-        raise UserError(f"{path}: adapter variant {description['variant']!r} is unknown; known: {', '.join(ROUTES)}")
+        known = ", ".join(ROUTES)
+        raise UserError(f"{path}: variant {description['variant']!r} is unknown; known: {known}")
     return description
 
 
-def described(description, cfg):
+def adapter_from_description(description: dict, cfg: Config) -> CrossLoRA:
     """A fresh CrossLoRA as an adapter.json describes it, for a backbone of `cfg`'s shape."""
-    return CrossLoRA(cfg, *(description[k] for k in ("languages", "rank", "alpha", "dropout", "variant")),
-                     description["groups"] or GROUPS, description["top_k"] or 1)
+    settings = {key: description[key] for key in ("rank", "alpha", "dropout", "variant")}
+    settings.update(groups=description["groups"] or GROUPS, top_k=description["top_k"] or 1)
+    return CrossLoRA(cfg, description["languages"], **settings)
 
 
-def read_tensors(path):
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: not a readable safetensors file ({error})") from None
-
-
-def load_adapter(folder, cfg, fingerprint, tokenizer_sha256=None):
-    """(CrossLoRA, its adapter.json) from a folder. fingerprint: model.CausalLM.fingerprint() of the backbone it is to
-    run on. Raises UserError for another backbone or tokenizer, and names every tensor missing, extra or misshapen."""
-    description, path = read_description(folder), Path(folder) / "adapter.safetensors"
-    if description["backbone_fingerprint"] != fingerprint:
-        raise UserError(f"{folder}: made for another backbone ({description['backbone']}, fingerprint "
-                        f"{description['backbone_fingerprint']}; this one has {fingerprint})")
-    if tokenizer_sha256 not in (None, description["tokenizer_sha256"]):
-        raise UserError(f"{folder}: made with another tokenizer.json than the one beside this backbone")
-    adapter = described(description, cfg)
-    tensors = read_tensors(path)
+def load_adapter(folder: str | Path, cfg: Config, here: dict) -> tuple[CrossLoRA, dict]:
+    """(adapter, its adapter.json) from a folder. `here` has this backbone's "backbone_fingerprint"
+    and what data.Tokenizer.describe() tells. Raises UserError for another backbone, tokenizer or
+    prompt than the adapter was made for, and names every tensor missing, extra or misshapen."""
+    description = read_description(folder)
+    check_made_for(folder, description, here)
+    adapter = adapter_from_description(description, cfg)
+    tensors = read_tensors(Path(folder) / "adapter.safetensors")
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     expected = {name: tuple(p.shape) for name, p in adapter.state_dict().items()}
-    wrong = [f"{n} is missing" for n in expected if n not in tensors]
-    wrong += [f"{n} is not in this adapter" for n in tensors if n not in expected]
-    wrong += [f"{n} is {tuple(t.shape)}, not {expected[n]}" for n, t in tensors.items() if n in expected and tuple(t.shape) != expected[n]]
+    wrong = misfits(expected, shapes)
     if wrong:
-        raise UserError(f"{path}: {len(wrong)} tensors do not fit: " + "; ".join(wrong[:8]))
+        raise UserError(f"{Path(folder) / 'adapter.safetensors'}: {wrong}")
     adapter.load_state_dict(tensors)
     return adapter, description
 
 
-def export_peft(folder, src_lang, tgt_lang, out):
-    """One direction of an adapter folder as a plain LoRA adapter that `peft` and vLLM load."""
-    description, out = read_description(folder), Path(out)
-    for lang in (src_lang, tgt_lang):
-        if lang not in description["languages"]:
-            raise UserError(f"{folder}: no expert for {lang!r}; it has {', '.join(description['languages'])}")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: exists already; choose another --peft or remove it")
-    if src_lang == tgt_lang:
-        raise UserError(f"--src and --tgt are both {src_lang}")
-    if description["variant"] == "molora-topk":
-        raise UserError(f"{folder}: a learned router is not one LoRA; only adapters with a static router can be exported")
-    adapter = described(description, SimpleNamespace(hidden_size=1, intermediate_size=1, num_hidden_layers=0))  # its routes and ranks
-    a, b = adapter.route(src_lang, tgt_lang)
-    pinned = description["backbone"]  # as files.resolve names it
-    repository, revision = pinned.split("@", 1) if "@" in pinned and not Path(pinned).is_absolute() else (pinned, None)
-    tensors, layers = {}, set()
-    for name, tensor in read_tensors(Path(folder) / "adapter.safetensors").items():
-        if name.count(".") != 4:
-            raise UserError(f"{folder}: adapter.safetensors holds {name}, which is no expert")
-        _, layer, module, side, expert = name.split(".")  # layers.0.gate_proj.lora_A.de
-        if expert == (a if side == "lora_A" else b):
-            tensors[f"base_model.model.model.layers.{layer}.mlp.{module}.{side}.weight"] = tensor
-            layers.add(layer)
-    whole = {str(i) for i in range(len(layers))}  # no layer is left out
-    if not layers or layers != whole or len(tensors) != len(layers) * len(TARGET_MODULES) * 2:  # peft would run without what is missing
-        raise UserError(f"{folder}: adapter.safetensors lacks A's of {a} or B's of {b}, which adapter.json promises")
-    out.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": repository, "revision": revision,
-              "r": adapter.expert_rank, "lora_alpha": description["alpha"] * adapter.expert_rank / description["rank"],
-              "lora_dropout": description["dropout"], "target_modules": description["target_modules"], "bias": "none",
-              "fan_in_fan_out": False, "inference_mode": True}
-    write_atomic(out / "adapter_config.json", json.dumps(config, indent=2) + "\n")
-
-
-def router_load(lora, lengths):
-    """How often a learned router chose each expert in the last pass, for rows of `lengths` tokens one after another: (rows, n) counts,
-    means over layers and projections."""
-    chosen = torch.stack([update.gates[0] > 0 for layer in lora for update in layer.values()]).float().mean(0)  # (T, n)
-    return torch.stack([row.sum(0) for row in chosen.split(lengths)])
-
-
-def print_counts(rank):
-    """Trainable parameters of every variant on the paper's two backbones, and their share of the backbone (Table 3)."""
-    languages = ["en", "de", "is", "cs", "ru", "zh"]
-    for name, D, F_, layers, total in (("Llama-3-8B", 4096, 14336, 32, 8_030_261_248), ("Qwen2.5-7B", 3584, 18944, 28, 7_615_616_512)):
-        print(f"{name}, {total:,} parameters:")
-        for variant in ROUTES:
-            with torch.device("meta"):
-                shape = SimpleNamespace(hidden_size=D, intermediate_size=F_, num_hidden_layers=layers)
-                count = sum(p.numel() for p in CrossLoRA(shape, languages, rank, variant=variant).parameters())
-            print(f"  {variant:<14} {count:>13,}  {count / total:6.2%}")
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--counts", action="store_true", help="print the trainable parameters of every variant and stop")
-    parser.add_argument("--rank", type=int, default=16, help="r of --counts (section 4.2)")
-    parser.add_argument("--adapter", help="adapter folder that train.py wrote")
-    parser.add_argument("--src", help="source language code: picks A")
-    parser.add_argument("--tgt", help="target language code: picks B")
-    parser.add_argument("--peft", help="folder to write the plain LoRA adapter to")
-    args = parser.parse_args()
-    at_least(1, args, "rank")
-    if args.counts:
-        return print_counts(args.rank)
-    if not (args.adapter and args.src and args.tgt and args.peft):
-        raise UserError("--adapter, --src, --tgt and --peft are needed, or --counts")
-    export_peft(args.adapter, args.src, args.tgt, args.peft)
-    print(f"{args.src} -> {args.tgt}: {args.peft}")
-
-
-if __name__ == "__main__":
-    run_main(main)
+def check_made_for(folder: str | Path, description: dict, here: dict) -> None:
+    """Raises UserError unless an adapter was trained with this backbone, tokenizer and prompt."""
+    backbone, was = description["backbone"], description["backbone_fingerprint"]
+    now = here["backbone_fingerprint"]
+    complaints = {
+        "backbone_fingerprint": "made for another backbone "
+        f"({backbone}, fingerprint {was}; this one has {now})",
+        "tokenizer_sha256": "made with another tokenizer.json than the one beside this backbone",
+        "prompt_sha256": f"trained with another prompt, {description.get('prompt')!r}; "
+        f"here it would be {here.get('prompt')!r}",
+    }
+    for key, complaint in complaints.items():
+        if description[key] != here[key]:
+            raise UserError(f"{folder}: {complaint}")

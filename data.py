@@ -1,25 +1,29 @@
-"""Languages, prompt, corpora and batches (paper sections 4.1 and A.2). T tokens, N target tokens.
+"""Languages, prompt, corpora and batches (paper sections 4.1 and A.2).
 
-    python data.py --out data --source publisher    # fetch OPUS-100 and FLORES-200 into corpora/, then write Table 5's files
-    python data.py --out data --data corpora        # the same from a folder that holds them as published
+    python data.py --source publisher    # fetch OPUS-100 and FLORES-200, write Table 5's files
+    python data.py --data corpora        # the same from a folder that holds them as published
 
-Everything that turns text into model input is here, so that training, decoding and pivot can't disagree about it.
+Everything that turns text into model input is here, so that training, decoding and the pivot can't
+disagree about it. Shapes: B batch rows, T tokens.
 """
 
-import argparse
+import hashlib
 import json
 import random
 import re
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import tokenizers
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
-from corpora import NOISE, all_files, clean, fetch, flores_file, opus_files, read_aligned, sources
-from files import UserError, at_least, claim, file_sha256, read_json, read_lines, run_main, write_atomic, write_jsonl
+from model import Config, token_ids
+from support import chat, corpora, runs
+from support.runs import UserError
 
 
 class Language(NamedTuple):
@@ -28,7 +32,7 @@ class Language(NamedTuple):
     bleu: str  # sacrebleu tokenizer when it is the target
 
 
-LANGUAGES = {  # a new language is a line here and its code in --languages; the order is the experts' order
+LANGUAGES = {  # a new language: a line here, its code in --languages; their order is the experts'
     "en": Language("English", "eng_Latn", "13a"),
     "de": Language("German", "deu_Latn", "13a"),
     "is": Language("Icelandic", "isl_Latn", "13a"),
@@ -38,122 +42,146 @@ LANGUAGES = {  # a new language is a line here and its code in --languages; the 
 }
 PIVOT = "en"
 PROMPT = "Translate the following {src} sentences into {tgt}: "  # section 4.1
-
-# Chat formats as the templates of Llama-3 and Qwen2.5 render one user turn; `{prompt}` is where the text goes.
-FORMATS = {
-    "llama3": ("<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n{prompt}<|eot_id|>"
-               "<|start_header_id|>assistant<|end_header_id|>\n\n", ("<|eot_id|>", "<|end_of_text|>")),
-    "chatml": ("<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
-               "<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n", ("<|im_end|>", "<|endoftext|>")),
-    "plain": ("{prompt}\n", ()),
-}
+IGNORE = -100  # the label of a position that is not trained on, as F.nll_loss has it
 
 
-def read_jsonl(path, languages=tuple(LANGUAGES), need=("src", "tgt"), text=()):
-    """Sentence pairs of a JSONL file as dicts. `need` names the keys that must hold text that is not empty, `text`
-    those that may be empty.
-
-    Raises UserError with file and line number for a line that is not a JSON object of such text, names a language
-    outside `languages`, translates a language into itself, or can't be written as UTF-8 again.
-    """
-    rows = []
-    for number, line in enumerate(read_lines(path), 1):
-        bad = lambda why, number=number: UserError(f"{path}:{number}: {why}")
-        try:
-            row = json.loads(line)
-            if "\\u" in line:
-                json.dumps(row, ensure_ascii=False).encode()  # half of a surrogate pair is no character
-        except ValueError as error:
-            raise bad(f"not a JSON object ({error}); is the file cut off?" if line.strip() else "an empty line") from None
-        if not isinstance(row, dict):
-            raise bad(f"not a JSON object but {type(row).__name__}")
-        for key in ("src_lang", "tgt_lang", *need, *text):
-            if not isinstance(row.get(key), str):
-                raise bad(f"no text under {key!r}")
-            if key not in text and not row[key].strip():
-                raise bad(f"{key!r} is empty")
-        for key in ("src_lang", "tgt_lang"):
-            if row[key] not in languages:
-                raise bad(f"unknown language {row[key]!r} in {key}; known: {', '.join(languages)}")
-        if row["src_lang"] == row["tgt_lang"]:
-            raise bad(f"src_lang and tgt_lang are both {row['src_lang']!r}")
-        rows.append(row)
-    return rows
-
-
-def parse_languages(text):
-    """'en,de,zh' -> ['en', 'de', 'zh']; the order is the order of the experts."""
+def parse_languages(text: str) -> list[str]:
+    """'en,de,zh' -> ['en', 'de', 'zh']; the order is the order of the experts. Raises UserError."""
     codes = [code.strip() for code in text.split(",")]
-    unknown = [code for code in codes if code not in LANGUAGES]
-    if unknown:
-        raise UserError(f"--languages {text}: unknown language {unknown[0]!r}; data.py's LANGUAGES has {', '.join(LANGUAGES)}")
+    for code in codes:
+        if code not in LANGUAGES:
+            known = ", ".join(LANGUAGES)
+            raise UserError(f"--languages {text}: unknown language {code!r}; data.py has {known}")
     if len(set(codes)) < max(2, len(codes)) or PIVOT not in codes:
         raise UserError(f"--languages {text}: at least two, each once, {PIVOT} among them")
     return codes
 
 
-def all_directions(languages):
+def all_directions(languages: list[str]) -> list[tuple[str, str]]:
     """All n(n-1) ordered pairs, English-centric ones first."""
-    return sorted(((s, t) for s in languages for t in languages if s != t), key=lambda pair: PIVOT not in pair)
+    pairs = [(s, t) for s in languages for t in languages if s != t]
+    return sorted(pairs, key=is_non_english)
 
 
-def group_of(src_lang, tgt_lang):
+def is_non_english(direction: tuple[str, str]) -> bool:
+    """Whether a direction has English on neither side, as 20 of the paper's 30 have."""
+    return PIVOT not in direction
+
+
+def group_of(src_lang: str, tgt_lang: str) -> str:
     """The two column groups of the paper's tables."""
-    return "english" if PIVOT in (src_lang, tgt_lang) else "non_english"
+    return "non_english" if is_non_english((src_lang, tgt_lang)) else "english"
+
+
+# --- prompt and tokenizer -------------------------------------------------------------------------
 
 
 class Tokenizer:
-    """The published tokenizer.json, split in two so that text can't become control.
+    """The published tokenizer.json and chat template, such that text can't become control.
 
-    `text` knows only the BPE model: `<|eot_id|>` inside a sentence comes out as plain characters. Control tokens
-    are put in by id where the prompt format has them, and nowhere else.
+    `text` knows only the vocabulary: `<|eot_id|>` inside a sentence comes out as plain characters.
+    Control tokens are put in by id where the template has them, and nowhere else.
     """
 
-    def __init__(self, folder, cfg, prompt_format="auto"):
-        """cfg: the backbone's model.Config. prompt_format: a key of FORMATS, or auto: the chat format whose control
-        tokens this tokenizer has, else plain. Raises UserError if tokenizer and checkpoint don't belong together."""
+    def __init__(self, folder: str | Path, cfg: Config, prompt_format: str = "auto"):
+        """prompt_format: auto, the chat template beside the tokenizer if there is one; or plain.
+        Raises UserError if tokenizer, template and checkpoint don't belong together."""
         path = Path(folder) / "tokenizer.json"
-        raw = read_json(path)
+        raw = runs.read_json(path)
         try:
-            self.control = {token["content"]: token["id"] for token in raw["added_tokens"]}
+            self.added = {token["content"]: token for token in raw["added_tokens"]}
+            # So that no text becomes a control token, and no beginning of sentence is added.
             raw.update(added_tokens=[], post_processor=None, truncation=None, padding=None)
             self.text = tokenizers.Tokenizer.from_str(json.dumps(raw))
         except Exception as error:  # tokenizers raises a bare Exception
-            raise UserError(f"{path}: not a tokenizer that `tokenizers` can load ({error})") from None
+            raise UserError(
+                f"{path}: not a tokenizer that `tokenizers` can load ({error})"
+            ) from None
+        self.control = {content: token["id"] for content, token in self.added.items()}
+        self.check_checkpoint(path, cfg)
+        self.sha256 = runs.file_sha256(path)
+        turn = None if prompt_format == "plain" else chat.render_turn(folder)
+        self.format = "plain" if turn is None else "chat"
+        before, after, behind_answer = turn or ("", "\n", "")
+        self.template = before + PROMPT + "{text}" + after
+        self.pieces = self.split_control(before + chat.PLACEHOLDER + after)
+        self.bos = []  # a chat template spells its own
+        if turn is None and cfg.bos_token_id is not None:
+            self.bos = [cfg.bos_token_id]
+        end_of_turn = [
+            self.control[p] for p in self.split_control(behind_answer) if p in self.control
+        ]
+        # What a target ends with comes first, then what else ends an output.
+        self.stop_ids = tuple(dict.fromkeys(end_of_turn[:1] + end_ids(folder, cfg)))
+        if not self.stop_ids:
+            raise UserError(f"{path}: no end-of-turn token; config.json needs an eos_token_id")
+
+    def check_checkpoint(self, path: Path, cfg: Config) -> None:
+        """Raises UserError for ids that the model lacks."""
         largest = max([*self.text.get_vocab().values(), *self.control.values()])
         if largest >= cfg.vocab_size:
-            raise UserError(f"{path}: does not match the checkpoint: token id {largest}, but the model has {cfg.vocab_size} rows")
-        for name, token in [("bos_token_id", cfg.bos_token_id), *(("eos_token_id", e) for e in cfg.eos_token_ids)]:
+            raise UserError(
+                f"{path}: does not match the checkpoint: token id {largest}, "
+                f"but the model has {cfg.vocab_size} rows"
+            )
+        named = [("bos_token_id", cfg.bos_token_id)]
+        named += [("eos_token_id", end) for end in cfg.eos_token_ids]
+        for name, token in named:
             if token is not None and token not in self.control.values():
-                raise UserError(f"{path}: does not match the checkpoint: config.json's {name} {token} is no control token here")
-        if prompt_format == "auto":
-            fits = [name for name, (_, stops) in FORMATS.items() if stops and set(stops) <= set(self.control)]
-            prompt_format = fits[0] if fits else "plain"
-        template, stops = FORMATS[prompt_format]
-        for token in (*stops, *re.findall(r"<\|\w+\|>", template)):
-            if token not in self.control:
-                raise UserError(f"--prompt-format {prompt_format}: {path} has no {token}")
-        self.format = prompt_format
-        self.sha256 = file_sha256(path)
-        self.pieces = [piece for piece in re.split(r"(<\|\w+\|>)", template) if piece]
-        self.bos = [] if stops or cfg.bos_token_id is None else [cfg.bos_token_id]  # a chat format spells its own
-        self.stop_ids = tuple(self.control[stop] for stop in stops) or cfg.eos_token_ids
-        if not self.stop_ids:
-            raise UserError(f"{path}: no end-of-turn token; config.json needs an eos_token_id for --prompt-format plain")
+                raise UserError(
+                    f"{path}: does not match the checkpoint: "
+                    f"config.json's {name} {token} is no control token here"
+                )
 
-    def ids(self, text):
+    def split_control(self, text: str) -> list[str]:
+        """`text` of a template, cut at its control tokens, which are pieces of their own."""
+        if not self.control:
+            return [text]
+        longest_first = sorted(self.control, key=len, reverse=True)
+        parts = re.split(f"({'|'.join(map(re.escape, longest_first))})", text)
+        for i, part in enumerate(parts):
+            if part in self.control and self.added[part]["lstrip"]:  # it swallows blanks before it
+                parts[i - 1] = parts[i - 1].rstrip()
+            if part in self.control and self.added[part]["rstrip"]:
+                parts[i + 1] = parts[i + 1].lstrip()
+        return [part for part in parts if part]
+
+    def describe(self) -> dict:
+        """What an adapter remembers of tokenizer and prompt, and refuses to be used without."""
+        return {
+            "prompt_format": self.format,
+            "prompt": self.template,
+            "prompt_date": chat.DATE_STRING,  # for templates that name the date
+            "prompt_sha256": hashlib.sha256(self.template.encode()).hexdigest(),
+            "tokenizer_sha256": self.sha256,
+        }
+
+    def ids(self, text: str) -> list[int]:
         return self.text.encode(text, add_special_tokens=False).ids
 
-    def prompt(self, src_lang, tgt_lang, src):
-        """Ids of everything before the translation: chat turn, the paper's prompt, the sentence."""
-        prompt = PROMPT.format(src=LANGUAGES[src_lang].name, tgt=LANGUAGES[tgt_lang].name) + src.strip()
+    def prompt(self, src_lang: str, tgt_lang: str, src: str) -> list[int]:
+        """Ids of all that stands before the translation: chat turn, instruction, sentence."""
+        instruction = PROMPT.format(src=LANGUAGES[src_lang].name, tgt=LANGUAGES[tgt_lang].name)
         ids = list(self.bos)
         for piece in self.pieces:
-            ids += [self.control[piece]] if piece in self.control else self.ids(piece.replace("{prompt}", prompt))
+            if piece in self.control:
+                ids.append(self.control[piece])
+            else:
+                ids += self.ids(piece.replace(chat.PLACEHOLDER, instruction + src.strip()))
         return ids
 
-    def decode(self, ids):
+    def decode(self, ids: list[int]) -> str:
         return self.text.decode(list(ids), skip_special_tokens=False).strip()
+
+
+def end_ids(folder: str | Path, cfg: Config) -> list[int]:
+    """What ends an output by the checkpoint's generation_config.json, else by its config.json."""
+    path = Path(folder) / "generation_config.json"
+    ends = token_ids(runs.read_json(path).get("eos_token_id")) if path.exists() else ()
+    return list(ends or cfg.eos_token_ids)
+
+
+# --- examples and batches -------------------------------------------------------------------------
 
 
 class Example(NamedTuple):
@@ -162,177 +190,248 @@ class Example(NamedTuple):
     src_lang: str
     tgt_lang: str
 
+    @property
+    def target_count(self) -> int:
+        """Target tokens, the end of turn included."""
+        return len(self.ids) - self.prompt_length
 
-def encode(tokenizer, pairs, max_length=512):
-    """Sentence pairs -> (examples, number dropped). A pair longer than `max_length` tokens (section A.1), prompt and
-    end of turn included, is dropped rather than cut: half a translation teaches stopping early."""
-    examples = []
+
+def encode(tokenizer: Tokenizer, pairs: list[dict], max_length: int = 512) -> tuple[list, int]:
+    """Sentence pairs -> (examples, number dropped). A pair longer than `max_length` tokens (section
+    A.1), prompt and end of turn included, is dropped rather than cut: half a translation teaches
+    stopping early."""
+    examples, dropped = [], 0
     for pair in pairs:
         prompt = tokenizer.prompt(pair["src_lang"], pair["tgt_lang"], pair["src"])
         ids = prompt + tokenizer.ids(pair["tgt"].strip()) + [tokenizer.stop_ids[0]]
-        examples.append(Example(np.array(ids, dtype=np.int32), len(prompt), pair["src_lang"], pair["tgt_lang"]))
-    kept = [example for example in examples if len(example.ids) <= max_length]
-    return kept, len(examples) - len(kept)
+        if len(ids) > max_length:
+            dropped += 1
+            continue
+        ids = np.array(ids, dtype=np.int32)
+        examples.append(Example(ids, len(prompt), pair["src_lang"], pair["tgt_lang"]))
+    return examples, dropped
 
 
-def target_count(example):
-    return len(example.ids) - example.prompt_length
+def collate(examples: list[Example]) -> tuple[Tensor, Tensor]:
+    """Examples -> tokens (B, T) and labels (B, T), padded on the right. labels[b, t] is the token
+    after tokens[b, t] where that is part of the target or its end of turn, else IGNORE: prompts
+    and pads are never trained on."""
+    T = max(len(example.ids) for example in examples) - 1
+    tokens = torch.zeros(len(examples), T, dtype=torch.long)
+    labels = torch.full((len(examples), T), IGNORE)
+    for row, example in enumerate(examples):
+        ids, start = torch.from_numpy(example.ids).long(), example.prompt_length
+        tokens[row, : len(ids) - 1] = ids[:-1]
+        labels[row, start - 1 : len(ids) - 1] = ids[start:]
+    return tokens, labels
 
 
-def concatenate(examples, copies):
-    """Examples one after another, without pads: tokens (1, T), each row `copies` times; labels (N,), all target tokens, the end of
-    turn included, while prompts are never trained on; where the tokens before them stand in each copy, (N, copies), indices into T;
-    the lengths of all rows."""
-    lengths = [len(e.ids) - 1 for e in examples for _ in range(copies)]
-    tokens = np.concatenate([e.ids[:-1] for e in examples for _ in range(copies)])[None]
-    labels = np.concatenate([e.ids[e.prompt_length :] for e in examples])
-    ends = np.cumsum(lengths).reshape(-1, copies)  # (examples, copies); the last tokens of a row stand before its targets
-    at = np.concatenate([np.arange(-target_count(e), 0)[:, None] + end for e, end in zip(examples, ends)])
-    return *(torch.from_numpy(x).long() for x in (tokens, labels, at)), lengths
+def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
+    """Order of the examples in an epoch, whatever the number of processes."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return torch.randperm(count, generator=generator).tolist()
 
 
-def epoch_order(count, seed, epoch):
-    """Order of the examples in an epoch: a function of seed and epoch alone, never of the number of processes."""
-    return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
+# --- the paper's sample of the corpora ------------------------------------------------------------
 
 
-def pair_row(src_lang, tgt_lang, src, tgt, origin):
+def pair_row(src_lang: str, tgt_lang: str, src: str, tgt: str, origin: str) -> dict:
     return {"src_lang": src_lang, "tgt_lang": tgt_lang, "src": src, "tgt": tgt, "origin": origin}
 
 
-def both_ways(lang, pairs):
-    """OPUS-100 pairs (en, x) as rows of both directions, x -> en first."""
-    return [pair_row(lang, PIVOT, x, en, "opus-100") for en, x in pairs] + [pair_row(PIVOT, lang, en, x, "opus-100") for en, x in pairs]
-
-
-def opus_pair(lang):
+def opus_pair(lang: str) -> str:
     """The language's OPUS-100 pair as its files spell it: de-en, but en-is."""
     return "-".join(sorted((PIVOT, lang)))
 
 
-def read_opus(root, lang, split):
-    """OPUS-100 pairs of a split: [(English, X), ...]."""
-    files = opus_files(root, opus_pair(lang), split)
-    return read_aligned(sorted(files, key=lambda path: path.suffix != f".{PIVOT}"))
+def read_opus(root: str | Path, lang: str, split: str) -> list[tuple[str, str]]:
+    """OPUS-100 pairs of a split, train, dev or test: [(English, X), ...]."""
+    files = corpora.opus_files(root, opus_pair(lang), split)
+    if files[0].suffix != f".{PIVOT}":
+        files.reverse()
+    return corpora.read_aligned(files)
 
 
-def read_flores(root, languages, split):
+def read_flores(root: str | Path, languages: list[str], split: str) -> list[tuple[str, ...]]:
     """FLORES-200 sentences of a split, dev or devtest: [(sentence in each language), ...]."""
-    return read_aligned([flores_file(root, LANGUAGES[code].flores, split) for code in languages])
+    codes = [LANGUAGES[lang].flores for lang in languages]
+    return corpora.read_aligned([corpora.flores_file(root, code, split) for code in codes])
 
 
-def prepare(root, languages, train_pairs=20000, dev_pairs=2000, test_pairs=2000, pivot_pairs=100000, drop=NOISE, max_ratio=5.0, seed=0):
-    """The paper's sampling (sections 4.1, A.2, Table 5). Returns {file name: rows} and a report of counts.
+def both_ways(lang: str, pairs: list[tuple[str, str]]) -> list[dict]:
+    """OPUS-100 pairs (en, x) as rows of both directions, x -> en first."""
+    into_english = [pair_row(lang, PIVOT, x, en, "opus-100") for en, x in pairs]
+    return into_english + [pair_row(PIVOT, lang, en, x, "opus-100") for en, x in pairs]
 
-    One sample of `train_pairs` a language serves both directions; of what is left of the training set, `pivot_pairs`
-    are the pivot's source, none of whose sentences Stage 1 trains on. `drop`, `max_ratio`: see corpora.clean.
-    """
-    flores = {split: read_flores(root, languages, split) for split in ("dev", "devtest")}
-    held_out = {code: {row[i] for row in flores["devtest"]} for i, code in enumerate(languages)}
-    files = {name: [] for name in ("stage1.train", "stage1.dev", "test", "stage2.flores", "pivot.source")}
-    others, report = [code for code in languages if code != PIVOT], {}
-    opus = {(lang, split): read_opus(root, lang, split) for lang in others for split in ("dev", "test")}
+
+def flores_rows(flores: list, languages: list[str], src_lang: str, tgt_lang: str) -> list[dict]:
+    """FLORES-200 sentences as rows of one direction."""
+    s, t = languages.index(src_lang), languages.index(tgt_lang)
+    rows = []
+    for sentences in flores:
+        if sentences[s] and sentences[t]:
+            rows.append(pair_row(src_lang, tgt_lang, sentences[s], sentences[t], "flores-200"))
+    return rows
+
+
+def held_out_sentences(opus: dict, flores_test: list[tuple], languages: list[str]) -> dict:
+    """{language: its sentences in OPUS-100's dev and test and FLORES-200's devtest}, none of which
+    may be trained on."""
+    held_out = {}
+    for i, lang in enumerate(languages):
+        held_out[lang] = {sentences[i] for sentences in flores_test}
     for (lang, _), pairs in opus.items():
-        held_out[PIVOT].update(en for en, _ in pairs)
-        held_out[lang].update(x for _, x in pairs)
+        for en, x in pairs:
+            held_out[PIVOT].add(en)
+            held_out[lang].add(x)
+    return held_out
+
+
+def prepare(root: str | Path, languages: list[str], args: Namespace) -> tuple[dict, dict]:
+    """The paper's sampling (sections 4.1, A.2, Table 5): {file stem: rows}, a report of counts.
+
+    One sample of --train-pairs per language serves both directions; of what is left of the
+    training set, --pivot-pairs are the pivot's source, none of which Stage 1 trains on.
+    """
+    files = {"stage1.train": [], "stage1.dev": [], "test": [], "stage2.flores": []}
+    files["pivot.source"] = []
+    others = [lang for lang in languages if lang != PIVOT]
+    flores = {split: read_flores(root, languages, split) for split in ("dev", "devtest")}
+    opus = {
+        (lang, split): read_opus(root, lang, split) for lang in others for split in ("dev", "test")
+    }
+    held_out = held_out_sentences(opus, flores["devtest"], languages)
+    report = {}
     for lang in tqdm(others, desc="sampling", disable=None):
-        kept, count = clean(read_opus(root, lang, "train"), held_out[PIVOT], held_out[lang], drop, max_ratio)
-        random.Random(f"{seed} {lang}").shuffle(kept)
-        sample, trained_on = kept[:train_pairs], {x for _, x in kept[:train_pairs]}
-        rest = [(en, x) for en, x in kept[train_pairs:] if x not in trained_on][:pivot_pairs]
-        dev, test = ([(en, x) for en, x in opus[lang, split] if en and x][:n] for split, n in (("dev", dev_pairs), ("test", test_pairs)))
-        for name, pairs in (("stage1.train", sample), ("stage1.dev", dev), ("test", test)):
-            files[name] += both_ways(lang, pairs)
-        files["pivot.source"] += [pair_row(lang, PIVOT, x, en, "opus-100") for en, x in rest]
-        report[lang] = {**count, "stage1": len(sample), "pivot_source": len(rest), "dev": len(dev), "test": len(test)}
+        kept, count = corpora.clean(
+            read_opus(root, lang, "train"),
+            held_out[PIVOT],
+            held_out[lang],
+            args.drop,
+            args.max_ratio,
+        )
+        random.Random(f"{args.seed} {lang}").shuffle(kept)
+        sample, rest = kept[: args.train_pairs], kept[args.train_pairs :]
+        trained_on = {x for _, x in sample}
+        source = [(en, x) for en, x in rest if x not in trained_on][: args.pivot_pairs]
+        dev = [(en, x) for en, x in opus[lang, "dev"] if en and x][: args.dev_pairs]
+        test = [(en, x) for en, x in opus[lang, "test"] if en and x][: args.test_pairs]
+        files["stage1.train"] += both_ways(lang, sample)
+        files["stage1.dev"] += both_ways(lang, dev)
+        files["test"] += both_ways(lang, test)
+        files["pivot.source"] += [pair_row(lang, PIVOT, x, en, "opus-100") for en, x in source]
+        report[lang] = {**count, "stage1": len(sample), "pivot_source": len(source)}
+        report[lang].update(dev=len(dev), test=len(test))
     for src_lang, tgt_lang in all_directions(languages):
-        s, t = languages.index(src_lang), languages.index(tgt_lang)
-        name = "stage1.train" if PIVOT in (src_lang, tgt_lang) else "stage2.flores"
-        rows = {split: [pair_row(src_lang, tgt_lang, row[s], row[t], "flores-200") for row in every if row[s] and row[t]]
-                for split, every in flores.items()}
-        files[name] += rows["dev"]
-        if PIVOT not in (src_lang, tgt_lang):
-            files["test"] += rows["devtest"][:test_pairs]
+        train = flores_rows(flores["dev"], languages, src_lang, tgt_lang)
+        if is_non_english((src_lang, tgt_lang)):
+            test = flores_rows(flores["devtest"], languages, src_lang, tgt_lang)
+            files["stage2.flores"] += train
+            files["test"] += test[: args.test_pairs]
+        else:
+            files["stage1.train"] += train
     return files, report
 
 
-def read_stage_data(args):
-    """(languages, train, dev, files) of a stage: Stage 1 the English-centric files; Stage 2 those, FLORES-200 in the
-    other directions, and the pseudo pairs (section 3.3, Table 5)."""
-    data = Path(args.data)
+def read_stage_data(
+    data: str | Path, pseudo: str | Path | None = None, pseudo_only: bool = False
+) -> tuple[list[str], list[dict], list[dict], list[Path]]:
+    """(languages, train, dev, files) of a stage: Stage 1 the English-centric files; Stage 2, where
+    `pseudo` is pivot.py's folder, those, FLORES-200 in the other directions, and the pseudo pairs
+    (section 3.3, Table 5). Raises UserError."""
+    data = Path(data)
     if not (data / "manifest.json").exists():
-        raise UserError(f"{data}: no manifest.json in it; --data takes a folder that data.py has finished")
-    languages = parse_languages(read_json(data / "config.json").get("languages", ""))
+        raise UserError(
+            f"{data}: no manifest.json in it; --data takes a folder that data.py has finished, "
+            "`python data.py --source publisher` makes it"
+        )
+    languages = parse_languages(runs.read_json(data / "config.json").get("languages", ""))
     train, dev = [data / "stage1.train.jsonl"], [data / "stage1.dev.jsonl"]
-    if args.stage == 1 and (args.pseudo or args.stage_2_data != "all"):
-        raise UserError("--pseudo and --stage-2-data are Stage 2's")
-    if args.stage == 2:
-        if args.pseudo is None:
-            raise UserError("--stage 2 needs --pseudo, the folder that pivot.py wrote")
-        train += [data / "stage2.flores.jsonl", Path(args.pseudo) / "pseudo.train.jsonl"]
-        dev += [Path(args.pseudo) / "pseudo.dev.jsonl"]
-        if args.stage_2_data == "pseudo":
-            train, dev = train[-1:], dev[-1:]
-        if not train[-1].exists():
-            raise UserError(f"{train[-1]}: no such file; --pseudo takes the folder of a finished pivot.py run")
-        if train[-1].stat().st_size == 0:
-            raise UserError(f"{train[-1]}: no pseudo pairs in it; Stage 2 would be Stage 1 again")
-    rows = [[row for file in files for row in read_jsonl(file, languages)] for files in (train, dev)]
-    return languages, *rows, [*train, *dev]
+    if pseudo is not None:
+        pseudo_train = Path(pseudo) / "pseudo.train.jsonl"
+        pseudo_dev = Path(pseudo) / "pseudo.dev.jsonl"
+        if not pseudo_train.exists():
+            raise UserError(
+                f"{pseudo_train}: no such file; --pseudo takes the folder of a finished pivot.py "
+                "run, `torchrun --nproc_per_node=2 pivot.py` makes runs/pseudo"
+            )
+        if pseudo_train.stat().st_size == 0:
+            raise UserError(
+                f"{pseudo_train}: no pseudo pairs in it; Stage 2 would be Stage 1 again"
+            )
+        train += [data / "stage2.flores.jsonl", pseudo_train]
+        dev += [pseudo_dev]
+        if pseudo_only:
+            train, dev = [pseudo_train], [pseudo_dev]
+    train_rows, dev_rows = [], []
+    for file in train:
+        train_rows += corpora.read_jsonl(file, languages)
+    for file in dev:
+        dev_rows += corpora.read_jsonl(file, languages)
+    return languages, train_rows, dev_rows, [*train, *dev]
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="corpora", help="folder of the corpora, laid out as published (see corpora.py)")
-    parser.add_argument("--source", default="folder", choices=["folder", "publisher", "hub"],
-                        help="where what --data lacks is fetched from: nowhere, the publishers' archives, or the Hugging Face hub")
-    parser.add_argument("--out", required=True, help="folder for the JSONL files and manifest.json")
-    parser.add_argument("--languages", default=",".join(LANGUAGES), help="codes, in the order of the experts (section 4.1)")
-    parser.add_argument("--train-pairs", type=int, default=20000, help="OPUS-100 pairs a direction for Stage 1 (section 4.1)")
-    parser.add_argument("--dev-pairs", type=int, default=2000, help="dev pairs a direction (Table 5)")
-    parser.add_argument("--test-pairs", type=int, default=2000, help="test pairs a direction at most (Table 5; FLORES-200 has 1,012)")
-    parser.add_argument("--pivot-pairs", type=int, default=100000, help="sentences a language set aside for pivot.py, at most")
-    parser.add_argument("--drop", default=",".join(NOISE),
-                        help="kinds of noise that leave OPUS-100's training pairs, or none; all are counted")
-    parser.add_argument("--max-ratio", type=float, default=5.0,
-                        help="length ratio that is noise; 4 of 95,841 human pairs of WMT and Tatoeba exceed 5")
-    parser.add_argument("--seed", type=int, default=0)
+# --- the command ----------------------------------------------------------------------------------
+
+
+def parse_args() -> Namespace:
+    parser = ArgumentParser(description=__doc__, formatter_class=runs.HelpFormatter)
+    add = parser.add_argument
+    add("--data", default="corpora", help="folder of the corpora as published (support/corpora.py)")
+    sources = ["folder", "publisher", "hub"]
+    fetches = "where what --data lacks comes from: nowhere, the publishers, the Hugging Face hub"
+    add("--source", default="folder", choices=sources, help=fetches)
+    add("--out", default="data", help="folder for the JSONL files and manifest.json")
+    codes, order = ",".join(LANGUAGES), "codes, in the order of the experts (section 4.1)"
+    add("--languages", default=codes, help=order)
+    add("--train-pairs", type=int, default=20000, help="OPUS-100's per direction (section 4.1)")
+    add("--dev-pairs", type=int, default=2000, help="per direction (Table 5)")
+    add("--test-pairs", type=int, default=2000, help="per direction at most (Table 5)")
+    add("--pivot-pairs", type=int, default=100000, help="sentences per language, for pivot.py")
+    noise = "noise to remove from OPUS-100's training pairs, or none; each kind is counted"
+    add("--drop", default=",".join(corpora.NOISE), help=noise)
+    ratio = "length ratio that is noise; 4 of 95,841 human pairs of WMT and Tatoeba exceed 5"
+    add("--max-ratio", type=float, default=5.0, help=ratio)
+    add("--seed", type=int, default=0, help="of the samples")
     args = parser.parse_args()
-    args.languages = ",".join(languages := parse_languages(args.languages))
+    args.languages = ",".join(parse_languages(args.languages))
     args.drop = [] if args.drop == "none" else args.drop.split(",")
-    if not set(args.drop) <= set(NOISE):
-        raise UserError(f"--drop {','.join(args.drop)}: takes {', '.join(NOISE)}, or none")
-    at_least(0, args, "train_pairs", "dev_pairs", "test_pairs", "pivot_pairs")
-    at_least(1, args, "max_ratio")
-    out, config = Path(args.out), {k: v for k, v in vars(args).items() if k not in ("out", "source")}
-    claim(out, config, write=False)
+    if not set(args.drop) <= set(corpora.NOISE):
+        known = ", ".join(corpora.NOISE)
+        raise UserError(f"--drop {','.join(args.drop)}: takes {known}, or none")
+    runs.at_least(0, args, "train_pairs", "dev_pairs", "test_pairs", "pivot_pairs")
+    runs.at_least(1, args, "max_ratio")
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    out, languages = Path(args.out), args.languages.split(",")
+    config = {k: v for k, v in vars(args).items() if k not in ("out", "source")}
+    runs.check_claim(out, config)
     if (out / "manifest.json").exists():
-        return print(f"{out}: prepared already")
-    wanted = [opus_pair(lang) for lang in languages if lang != PIVOT], [LANGUAGES[code].flores for code in languages]
-    if args.source != "folder":
-        fetch(args.data, *wanted, args.source)
-    inputs = [file for files in all_files(args.data, *wanted).values() for file in files]
-    for file in inputs:
-        if not file.exists():
-            raise UserError(f"{file}: no such file; --data takes OPUS-100 and FLORES-200 as published, "
-                            "--source publisher or hub fetches them")
-    files, report = prepare(args.data, languages, args.train_pairs, args.dev_pairs, args.test_pairs, args.pivot_pairs, args.drop,
-                            args.max_ratio, args.seed)
-    manifest = {"settings": config, "sources": sources(args.data, [*wanted[0], "flores-200"]), "corpora": report, "files": {}}
-    lock = claim(out, config)
-    manifest["inputs"] = {str(file.relative_to(args.data)): file_sha256(file) for file in inputs}
-    for name, rows in ((f"{name}.jsonl", rows) for name, rows in files.items()):
-        write_jsonl(out / name, rows)
-        manifest["files"][name] = {"pairs": len(rows), "sha256": file_sha256(out / name)}
-    write_atomic(out / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+        print(f"{out}: prepared already")
+        return
+    pairs = [opus_pair(lang) for lang in languages if lang != PIVOT]
+    codes = [LANGUAGES[lang].flores for lang in languages]
+    inputs = corpora.find_inputs(args.data, pairs, codes, args.source)
+    files, report = prepare(args.data, languages, args)
+    lock = runs.claim(out, config)
+    manifest = {
+        "settings": config,
+        "sources": corpora.sources(args.data, [*pairs, "flores-200"]),
+        "corpora": report,
+        "files": {},
+        "inputs": {str(file.relative_to(args.data)): runs.file_sha256(file) for file in inputs},
+    }
+    for name, rows in files.items():
+        file = out / f"{name}.jsonl"
+        runs.write_jsonl(file, rows)
+        manifest["files"][file.name] = {"pairs": len(rows), "sha256": runs.file_sha256(file)}
+    runs.write_json(out / "manifest.json", manifest)  # last: it says that the others are whole
     lock.close()
-    asked = {"stage1": args.train_pairs, "dev": args.dev_pairs, "test": args.test_pairs}
-    for lang, count in report.items():
-        short = "".join(f"  (asked for {asked[k]} {k})" for k in asked if count[k] < asked[k])
-        print(f"{PIVOT}-{lang}: " + ", ".join(f"{k} {v}" for k, v in count.items()) + short)
-    for name, entry in manifest["files"].items():
-        print(f"{out / name}: {entry['pairs']} pairs")
+    corpora.print_report(manifest, out)
 
 
 if __name__ == "__main__":
-    run_main(main)
+    runs.run_main(main)

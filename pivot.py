@@ -1,36 +1,38 @@
-"""Pseudo-corpora for the 20 non-English directions: X -> English -> Y with the Stage 1 adapter (sections 3.3, A.2).
+"""Pseudo-corpora for the 20 non-English directions: X -> English -> Y (sections 3.3 and A.2).
 
-    torchrun --nproc_per_node=2 pivot.py --adapter runs/stage1/adapter --data data --out runs/pseudo
-    torchrun --nproc_per_node=2 pivot.py --model meta-llama/... --data data --out runs/pseudo-base    # Table 7: the bare backbone
-    torchrun --nproc_per_node=2 pivot.py --system nllb --data data --out runs/pseudo-nllb              # Table 7: NLLB
+    torchrun --nproc_per_node=2 pivot.py                            # runs/stage1 -> runs/pseudo
+    torchrun --nproc_per_node=2 pivot.py --model meta-llama/... --out runs/pseudo-base  # Table 7
+    torchrun --nproc_per_node=2 pivot.py --system nllb --out runs/pseudo-nllb           # Table 7
 
-X comes from the part of OPUS-100 that Stage 1 did not train on. Translations are filtered; rounds go on until every
-direction has --pairs of them or its source runs out. Writes pseudo.train.jsonl, pseudo.dev.jsonl, report.json and
-report.md. The same command again continues a stopped run.
+X comes from the part of OPUS-100 that Stage 1 did not train on. Translations are filtered; rounds
+go on until every direction has --pairs of them or its source runs out. Writes pseudo.train.jsonl,
+pseudo.dev.jsonl, report.json and report.md. The same command again continues a stopped run.
 """
 
-import argparse
 import hashlib
-import json
 import math
 import random
+from argparse import ArgumentParser, Namespace
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
-from baselines import add_system_argument, engine_of
-from corpora import length_ratio
-from data import PIVOT, pair_row, parse_languages, read_jsonl
-from devices import claim_run, init_distributed
-from files import UserError, at_least, file_sha256, read_json, run_main, write_atomic, write_jsonl
-from generate import add_engine_arguments, check_languages, translate_jsonl
-from scores import language_identifier
-from tables import report_table
+from data import LANGUAGES, PIVOT, pair_row, parse_languages
+from generate import add_engine_arguments, check_languages
+from support import runs
+from support.baselines import add_system_argument, engine_of
+from support.corpora import length_ratio, read_jsonl
+from support.report import pivot_table
+from support.runs import UserError
+from support.scores import language_identifier
+from support.translations import translate_jsonl
 
 RULES = ("empty", "cut_off", "off_target", "length_ratio", "duplicate")
 
 
-def rejected(row, lang, source, identify, max_ratio):
-    """The first rule (section A.2) that drops a translation `row` into `lang` of `source`, or None."""
+def rejected(row: dict, lang: str, source: str, identify: Callable, max_ratio: float) -> str | None:
+    """The first rule of section A.2 that the translation `row` of `source` into `lang` breaks, or
+    None."""
     if not row["hyp"].strip():
         return "empty"
     if row["finish"] == "length":
@@ -42,113 +44,185 @@ def rejected(row, lang, source, identify, max_ratio):
     return None
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="data", help="folder that data.py wrote; pivot.source.jsonl is read")
-    parser.add_argument("--out", default="runs/pseudo", help="folder for the pseudo pairs and the report")
-    parser.add_argument("--pairs", type=int, default=20000, help="pairs wanted a direction (section 4.1)")
-    parser.add_argument("--dev-share", type=float, default=0.1, help="share set aside as dev: 2,000 of 20,000 (section A.2, Table 5)")
-    parser.add_argument("--max-ratio", type=float, default=2.5,
-                        help="longer over shorter side in letters, a Chinese character being three; the paper is silent")
-    parser.add_argument("--share-english", action=argparse.BooleanOptionalAction, default=True,
-                        help="one English translation of a sentence serves all targets of its language, whose pairs then share their "
-                             "sources; without it every direction has sentences of its own: more work into English, and more sentences, "
-                             "see data.py --pivot-pairs")
-    parser.add_argument("--seed", type=int, default=0)
+class PseudoCorpus:
+    """What has been kept and counted so far, by direction (x, y), English on neither side. One
+    English translation of a sentence serves all targets of its language."""
+
+    def __init__(
+        self, sources: dict[str, list[str]], pairs: int, identify: Callable, max_ratio: float
+    ):
+        """sources: each language's sentences in the order in which they are used."""
+        self.sources, self.pairs = sources, pairs
+        self.identify, self.max_ratio = identify, max_ratio
+        self.used = dict.fromkeys(sources, 0)  # sentences
+        self.directions = [(x, y) for x in sources for y in sources if x != y]
+        self.kept = {d: {} for d in self.directions}  # target -> pair: no target comes twice
+        self.counts = {d: Counter() for d in self.directions}
+
+    def out_of(self, x: str) -> list[tuple[str, str]]:
+        return [d for d in self.directions if d[0] == x]
+
+    def missing(self, x: str) -> int:
+        """Pairs that the direction out of x with the fewest still lacks."""
+        return max(self.pairs - len(self.kept[d]) for d in self.out_of(x))
+
+    def goes_on(self) -> bool:
+        return any(
+            self.missing(x) > 0 and self.used[x] < len(self.sources[x]) for x in self.sources
+        )
+
+    def next_sentences(self) -> list[dict]:
+        """Sentences of the next round, to be put into English. Their number is estimated from the
+        share of pairs kept so far in the worst direction."""
+        rows = []
+        for x, sentences in self.sources.items():
+            if self.missing(x) <= 0:
+                continue
+            rates = []
+            for d in self.out_of(x):
+                rates.append((len(self.kept[d]) + 1) / (self.counts[d]["generated"] + 1))
+            take = math.ceil(1.1 * self.missing(x) / max(min(rates), 0.1))
+            for text in sentences[self.used[x] : self.used[x] + take]:
+                rows.append({"src_lang": x, "tgt_lang": PIVOT, "src": text})
+            self.used[x] = min(self.used[x] + take, len(sentences))
+        return rows
+
+    def to_targets(self, english: list[dict]) -> list[dict]:
+        """The English -> Y translations that follow, for directions that still lack pairs."""
+        rows = []
+        for row in english:
+            why = rejected(row, PIVOT, row["src"], self.identify, self.max_ratio)
+            for d in self.out_of(row["src_lang"]):
+                if len(self.kept[d]) >= self.pairs:
+                    continue
+                self.counts[d]["generated"] += 1
+                if why:
+                    self.counts[d][f"en: {why}"] += 1
+                    continue
+                source = {"x_lang": d[0], "x": row["src"]}
+                rows.append({"src_lang": PIVOT, "tgt_lang": d[1], "src": row["hyp"], **source})
+        return rows
+
+    def add(self, targets: list[dict]) -> None:
+        """Filter what came of to_targets, and keep what is good and wanted."""
+        for row in targets:
+            d, hyp = (row["x_lang"], row["tgt_lang"]), row["hyp"]
+            why = rejected(row, d[1], row["x"], self.identify, self.max_ratio)
+            if why is None and hyp in self.kept[d]:
+                why = "duplicate"
+            if why:
+                self.counts[d][why] += 1
+            elif len(self.kept[d]) < self.pairs:
+                pair = pair_row(*d, row["x"], hyp, "pseudo")
+                self.kept[d][hyp] = {**pair, "pivot": row["src"]}
+            else:
+                self.counts[d]["generated"] -= 1  # more than was wanted: neither kept nor dropped
+
+    def split(self, dev_share: float) -> tuple[list[dict], list[dict], dict]:
+        """(train, dev, report). Dev is chosen by the source's hash, so that the targets, which
+        share their sources, set mostly the same sentences aside."""
+        train, dev, report = [], [], {}
+        for d in self.directions:
+            pairs = sorted(self.kept[d].values(), key=source_hash)
+            aside = round(dev_share * len(pairs))
+            dev += pairs[:aside]
+            train += pairs[aside:]
+            ended = f"source ran out after {self.used[d[0]]} sentences"
+            if len(pairs) == self.pairs:
+                ended = "complete"
+            report["-".join(d)] = {"generated": 0, **self.counts[d], "kept": len(pairs)}
+            report["-".join(d)]["ended"] = ended
+        return train, dev, report
+
+
+def source_hash(row: dict) -> bytes:
+    return hashlib.sha256(row["src"].encode()).digest()
+
+
+def parse_args() -> Namespace:
+    parser = ArgumentParser(description=__doc__, formatter_class=runs.HelpFormatter)
+    add = parser.add_argument
+    add("--data", default="data", help="folder that data.py wrote; pivot.source.jsonl is read")
+    add("--out", default="runs/pseudo", help="folder for the pseudo pairs and the report")
+    add("--pairs", type=int, default=20000, help="pairs wanted per direction (section 4.1)")
+    add("--dev-share", type=float, default=0.1, help="set aside as dev (section A.2, Table 5)")
+    letters = "longer over shorter side in letters, a Chinese character being three (section A.2)"
+    add("--max-ratio", type=float, default=2.5, help=letters)
+    add("--seed", type=int, default=0, help="of the order of sentences")
     add_engine_arguments(parser)
     add_system_argument(parser)
     args = parser.parse_args()
-    at_least(1, args, "batch_size", "max_new_tokens", "pairs", "max_ratio")
-    if not 0 <= args.dev_share < 1:
-        raise UserError(f"--dev-share {args.dev_share}: must lie in [0, 1)")
-    out, source_file = Path(args.out), Path(args.data) / "pivot.source.jsonl"
-    ranks = init_distributed(args.device)
-    pool = {}  # X -> its sentences, each once
-    for row in read_jsonl(source_file, need=("src",)):
+    runs.at_least(1, args, "batch_size", "max_new_tokens", "pairs", "max_ratio")
+    runs.within(1, args, "dev_share")
+    if args.adapter is None and args.model is None and args.system is None:
+        args.adapter = "runs/stage1/adapter"
+    return args
+
+
+def read_sources(args: Namespace) -> tuple[list[str], dict[str, list[str]]]:
+    """(languages, {X: its sentences, each once, in random order})."""
+    file = Path(args.data) / "pivot.source.jsonl"
+    if not file.exists():
+        raise UserError(f"{file}: no such file; `python data.py --source publisher` makes it")
+    pool = {}
+    for row in read_jsonl(file, LANGUAGES, need=("src",)):
         pool.setdefault(row["src_lang"], {})[row["src"]] = None
     if not pool:
-        raise UserError(f"{source_file}: no sentences in it; data.py --train-pairs must leave some of OPUS-100 to the pivot")
-    languages = parse_languages(read_json(Path(args.data) / "config.json").get("languages", ""))  # what data.py prepared
-    others = [lang for lang in languages if lang != PIVOT]
-    if len(others) < 2:
-        raise UserError(f"{args.data}: has {', '.join(languages)}; a pivot needs two languages beside {PIVOT}")
-    engine = engine_of(args)
+        todo = "data.py --train-pairs must leave some of OPUS-100 to the pivot"
+        raise UserError(f"{file}: no sentences in it; {todo}")
+    config = runs.read_json(Path(args.data) / "config.json")
+    languages = parse_languages(config.get("languages", ""))
+    if len(languages) < 3:
+        has = ", ".join(languages)
+        raise UserError(f"{args.data}: has {has}; a pivot needs two languages beside {PIVOT}")
+    sources = {}
+    for lang in languages:
+        if lang != PIVOT:
+            sentences = list(pool.get(lang, {}))
+            sources[lang] = random.Random(f"{args.seed} {lang}").sample(sentences, len(sentences))
+    return languages, sources
+
+
+def main() -> None:
+    args = parse_args()
+    out = Path(args.out)
+    ranks = runs.init_distributed(args.device)
+    languages, sources = read_sources(args)
+    engine = engine_of(args, ranks)
     check_languages(engine, set(languages), args.adapter or args.system or args.model)
-    config = {**engine.identity, "pairs": args.pairs, "dev_share": args.dev_share, "max_ratio": args.max_ratio, "seed": args.seed,
-              "max_new_tokens": args.max_new_tokens, "source_sha256": file_sha256(source_file),
-              **({} if args.share_english else {"share_english": False})}
-    lock = claim_run(out, config, ranks)
-    if ranks.of_first((out / "report.json").exists):
+    settings = ("pairs", "dev_share", "max_ratio", "seed", "max_new_tokens")
+    config = {**engine.identity, **{name: getattr(args, name) for name in settings}}
+    config["source_sha256"] = runs.file_sha256(Path(args.data) / "pivot.source.jsonl")
+    lock = runs.claim_run(out, config, ranks)
+    if ranks.broadcast_from_rank0((out / "report.json").exists):
         if ranks.rank == 0:
-            print(f"{out}: made already\n" + (out / "report.md").read_text(encoding="utf-8"), end="")
+            print(f"{out}: made already\n{(out / 'report.md').read_text(encoding='utf-8')}", end="")
         return
-    sources = {lang: random.Random(f"{args.seed} {lang}").sample(list(pool.get(lang, {})), len(pool.get(lang, {}))) for lang in others}
-    identify = language_identifier(languages)
-    streams = {}  # directions that share their sentences -> these sentences
-    for x in others:
-        out_of_x = tuple((x, y) for y in others if y != x)
-        streams |= {out_of_x: sources[x]} if args.share_english else {(d,): sources[x][i :: len(out_of_x)] for i, d in enumerate(out_of_x)}
-    directions = [d for stream in streams for d in stream]
-    kept = {d: {} for d in directions}  # target -> pair: a target that comes twice is a duplicate
-    counts = {d: Counter() for d in directions}
-    used, number = dict.fromkeys(streams, 0), 0
-    work = out / "rounds"
-    work.mkdir(exist_ok=True)
+    (out / "rounds").mkdir(exist_ok=True)
+    corpus = PseudoCorpus(sources, args.pairs, language_identifier(languages), args.max_ratio)
 
-    def translated(rows, name, what):
-        file, desc = work / f"{number}.{name}.jsonl", f"round {number}: {what}"
-        return translate_jsonl(engine, rows, file, args.batch_size, args.max_new_tokens, ranks, desc)
+    def translate(rows: list[dict], number: int, hop: str) -> list[dict]:
+        file = out / "rounds" / f"{number}.{hop}.jsonl"
+        desc = f"round {number}: {hop}"
+        sizes = args.batch_size, args.max_new_tokens
+        return translate_jsonl(engine, rows, file, *sizes, ranks, desc)
 
-    missing = lambda stream: max(args.pairs - len(kept[d]) for d in stream)
-    while any(missing(stream) > 0 and used[stream] < len(streams[stream]) for stream in streams):
+    number = 0
+    while corpus.goes_on():
         number += 1
-        rows, serves = [], []
-        for stream, sentences in streams.items():
-            # The rate of the worst direction so far says how many more sentences the missing pairs will take.
-            rate = min((len(kept[d]) + 1) / (counts[d]["generated"] + 1) for d in stream)
-            take = math.ceil(1.1 * missing(stream) / max(rate, 0.1)) if missing(stream) > 0 else 0
-            rows += [{"src_lang": stream[0][0], "tgt_lang": PIVOT, "src": text} for text in sentences[used[stream] : used[stream] + take]]
-            serves += [stream] * (len(rows) - len(serves))
-            used[stream] = min(used[stream] + take, len(sentences))
-        english = translated(rows, "english", "X -> en")
-        rows = []
-        for row, stream in zip(english, serves):
-            why = rejected(row, PIVOT, row["src"], identify, args.max_ratio)
-            for d in stream:  # those that still lack pairs
-                if len(kept[d]) < args.pairs:
-                    counts[d]["generated"] += 1
-                    if why:
-                        counts[d][f"en: {why}"] += 1
-                    else:
-                        rows.append({"src_lang": PIVOT, "tgt_lang": d[1], "src": row["hyp"], "x_lang": d[0], "x": row["src"]})
-        for row in translated(rows, "targets", "en -> Y"):
-            d, hyp = (row["x_lang"], row["tgt_lang"]), row["hyp"]
-            why = rejected(row, d[1], row["x"], identify, args.max_ratio) or ("duplicate" if hyp in kept[d] else None)
-            if why:
-                counts[d][why] += 1
-            elif len(kept[d]) < args.pairs:
-                kept[d][hyp] = {**pair_row(*d, row["x"], hyp, "pseudo"), "pivot": row["src"]}
-            else:
-                counts[d]["generated"] -= 1  # more came than was wanted: neither kept nor dropped
+        english = translate(corpus.next_sentences(), number, "english")
+        corpus.add(translate(corpus.to_targets(english), number, "targets"))
     if lock is None:
-        return  # the files are the first rank's
-    train, dev, report = [], [], {}
-    for stream in streams:
-        for d in stream:
-            # Ordered by the source's hash, so that targets that share their sources set mostly the same sentences aside as dev.
-            pairs = sorted(kept[d].values(), key=lambda row: hashlib.sha256(row["src"].encode()).digest())
-            aside = round(args.dev_share * len(pairs))
-            dev += pairs[:aside]
-            train += pairs[aside:]
-            ended = "complete" if len(pairs) == args.pairs else f"source ran out after {used[stream]} sentences"
-            report["-".join(d)] = {"generated": 0, **counts[d], "kept": len(pairs), "ended": ended}
-    write_jsonl(out / "pseudo.train.jsonl", train)
-    write_jsonl(out / "pseudo.dev.jsonl", dev)
-    write_atomic(out / "report.md", report_table(report, RULES))
-    write_atomic(out / "report.json", json.dumps(report, indent=2) + "\n")
-    print(report_table(report, RULES) + f"{out / 'pseudo.train.jsonl'}: {len(train)} pairs, {out / 'pseudo.dev.jsonl'}: {len(dev)}")
+        return  # the files are rank 0's
+    train, dev, report = corpus.split(args.dev_share)
+    train_file, dev_file = out / "pseudo.train.jsonl", out / "pseudo.dev.jsonl"
+    runs.write_jsonl(train_file, train)
+    runs.write_jsonl(dev_file, dev)
+    runs.write_atomic(out / "report.md", pivot_table(report, RULES))
+    runs.write_json(out / "report.json", report)  # last: it says that the others are whole
+    print(pivot_table(report, RULES) + f"{train_file}: {len(train)} pairs, {dev_file}: {len(dev)}")
     lock.close()
 
 
 if __name__ == "__main__":
-    run_main(main)
+    runs.run_main(main)

@@ -1,351 +1,495 @@
-"""Fine-tune CrossLoRA: Stage 1 on English-centric pairs, Stage 2 on everything (sections 3.3 and 3.4).
+"""Fine-tune CrossLoRA: Stage 1 on English-centric pairs, Stage 2 on everything (sections 3.3, 3.4).
 
-    torchrun --nproc_per_node=2 train.py --stage 1 --data data --out runs/stage1
-    torchrun --nproc_per_node=2 train.py --stage 2 --data data --pseudo runs/pseudo --out runs/stage2
+    torchrun --nproc_per_node=2 train.py --stage 1      # data/ -> runs/stage1
+    torchrun --nproc_per_node=2 train.py --stage 2      # data/ and runs/pseudo -> runs/stage2
 
-Plain `python train.py` is the same run in one process. The same command again resumes from the last checkpoint.
-P passes, T tokens, N target tokens, D hidden; B rows, n experts of a learned router.
+Plain `python train.py` is the same run in one process. The same command again resumes from the last
+checkpoint. Shapes: B batch rows, T tokens, N target tokens, P passes (R-Drop has two), D hidden,
+V vocabulary.
 """
 
-import argparse
+import contextlib
 import json
 import math
 import os
 import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple, TextIO
 
 import torch
-import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-import model as backbone
-from attention import Rows
-from crosslora import GROUPS, ROUTES, CrossLoRA, load_adapter, read_description, router_load, save_adapter
-from data import FORMATS, Tokenizer, concatenate, encode, epoch_order, group_of, read_stage_data, target_count
-from devices import add_device_arguments, claim_run, device_and_dtype, dtype_name, init_distributed, sum_over_ranks
-from files import UserError, at_least, claim, file_sha256, resolve, run_main, write_atomic
-from kernels import head_loss
-from plan import dry_run, micro_batches, pass_tokens
+import crosslora
+from crosslora import CrossLoRA
+from data import IGNORE, Example, Tokenizer, collate, encode, epoch_order, group_of, read_stage_data
+from model import CausalLM, Config, load
+from support import runs
+from support.export import dry_run
+from support.routing import router_shares
+from support.runs import Ranks, UserError
+
+Sums = tuple[Tensor, Tensor, Tensor]  # loss, nll, kl of forward_sums
 
 
-def forward_sums(model, adapter, examples, dtype, rdrop_alpha, dropout):
-    """(loss, nll, kl) of kernels.head_loss, summed over the target tokens of a micro-batch. Where rdrop_alpha > 0, every
-    row stands there twice, each copy with its own dropout, the two side by side so that they share their experts."""
-    device, passes = model.device, 2 if rdrop_alpha > 0 else 1
-    tokens, labels, at, lengths = concatenate(examples, passes)  # (1, T), (N,), (N, P): no pads
-    lora = adapter([e.src_lang for e in examples], [e.tgt_lang for e in examples], dtype, dropout,
-                   counts=[passes * (len(e.ids) - 1) for e in examples], last=[passes * target_count(e) for e in examples])
-    wanted = at.view(1, -1).to(device)  # (N, P) -> (1, N*P): only these need the last layer and the head
-    hidden = model(tokens.to(device), lora, rows=Rows.of(lengths, device), wanted=wanted).view(*at.shape, -1)  # (1, N*P, D) -> (N, P, D)
-    return head_loss(hidden, model.head_weight(), labels.to(device), rdrop_alpha)
+# --- the loss, eqs. 6-9 ---------------------------------------------------------------------------
 
 
-def direction(example):
-    return example.src_lang, example.tgt_lang
+def forward_sums(
+    model: CausalLM, adapter: CrossLoRA, examples: list[Example], rdrop_alpha: float, dropout: bool
+) -> Sums:
+    """(loss, nll, kl) of a micro-batch, fp32 sums over its target tokens (section 3.4). They are M
+    times eqs. 9, 8 and 7; without R-Drop eq. 6, eq. 6 and 0. The caller divides by M, which counts
+    the target tokens of the whole effective batch. Only `loss` has a gradient. fast/ has its own:
+    a run with changes here takes --plain."""
+    passes = 2 if rdrop_alpha > 0 else 1
+    tokens, labels = collate(examples)  # (B, T) each
+    tokens, labels = tokens.to(model.device), labels.to(model.device)
+    is_target = labels != IGNORE  # (B, T)
+    targets = labels[is_target]  # (N,)
+    src_langs = [example.src_lang for example in examples]
+    tgt_langs = [example.tgt_lang for example in examples]
+    # R-Drop's two passes are one batch with every row twice, each copy with its own dropout.
+    lora = adapter(src_langs * passes, tgt_langs * passes, model.dtype, dropout)
+    hidden = model(tokens.repeat(passes, 1), lora)  # (B, T) -> (P*B, T) -> (P*B, T, D)
+    log_p = []
+    for one_pass in hidden.chunk(passes):  # (B, T, D)
+        logits = model.lm_head(one_pass[is_target])  # (N, D) -> (N, V)
+        log_p.append(F.log_softmax(logits, dim=-1, dtype=torch.float32))
+    # Eq. 6 for one pass, eq. 8 for two.
+    nll = sum(F.nll_loss(p, targets, reduction="sum") for p in log_p) / passes
+    kl = torch.zeros_like(nll)
+    if passes == 2:  # eq. 7: D_kl(P_1 || P_2) and D_kl(P_2 || P_1), halved
+        first, second = log_p
+        kl_12 = F.kl_div(second, first, reduction="sum", log_target=True)
+        kl_21 = F.kl_div(first, second, reduction="sum", log_target=True)
+        kl = (kl_12 + kl_21) / 2
+    return total_loss(nll, kl, rdrop_alpha), nll.detach(), kl.detach()
 
 
-def denominator(examples, normalize):
-    """M of eqs. 6-8 for a whole effective batch: its target tokens, or its sequences."""
-    return sum(target_count(e) for e in examples) if normalize == "tokens" else len(examples)
+def total_loss(nll: Tensor | float, kl: Tensor | float, rdrop_alpha: float) -> Tensor | float:
+    """Eq. 9 (section 3.4)."""
+    return nll + rdrop_alpha * kl
 
 
-def backward(model, adapter, batch, args, ranks, dtype):
-    """Gradients of eq. 9 for one effective batch, complete on every rank. Returns its summed [nll, kl].
+def micro_batches(model: CausalLM, examples: list[Example], args: Namespace) -> list[list[Example]]:
+    """Cut one rank's share of an effective batch into micro-batches (section A.1: 4 pairs). The
+    model is for fast/, which cuts by tokens."""
+    size = args.micro_batch_size
+    return [examples[start : start + size] for start in range(0, len(examples), size)]
 
-    Every rank knows the whole batch and takes each world-th row, so the split cannot change the result: losses are
-    sums divided once by the batch's own M, and gradients are summed over micro-batches and ranks.
+
+class Loss(nn.Module):
+    """forward_sums as a module, which is what DistributedDataParallel wraps. Its parameters are the
+    adapter's alone: the backbone hides in a tuple, since it is frozen and needs no broadcast."""
+
+    def __init__(self, model: CausalLM, adapter: CrossLoRA, forward_sums: Callable):
+        super().__init__()
+        self.adapter = adapter
+        self.frozen = (model,)
+        self.forward_sums = forward_sums
+
+    @property
+    def model(self) -> CausalLM:
+        return self.frozen[0]
+
+    def forward(self, examples: list[Example], rdrop_alpha: float, dropout: bool) -> Sums:
+        return self.forward_sums(self.model, self.adapter, examples, rdrop_alpha, dropout)
+
+
+def data_parallel(loss: Loss, ranks: Ranks) -> nn.Module:
+    """`loss`, whose backward pass sums gradients over the ranks where there are several. An expert
+    that no rank used keeps `grad is None`, so that the optimizer leaves it as it is."""
+    if ranks.world == 1:
+        return loss
+    return DistributedDataParallel(loss, find_unused_parameters=True)
+
+
+def backward(
+    ddp: nn.Module,
+    batch: list[Example],
+    args: Namespace,
+    ranks: Ranks,
+    cut: Callable = micro_batches,
+) -> Tensor:
+    """Gradients of eq. 9 for one effective batch, complete on every rank. Returns this rank's part
+    of the sums [nll, kl].
+
+    Every rank knows the whole batch and takes each world-th example. Sums over target tokens are
+    divided once, by the whole batch's M, so that no split into ranks and micro-batches changes the
+    gradient.
     """
-    M = denominator(batch, args.normalize)
-    mine = sorted(batch, key=lambda e: len(e.ids))[ranks.rank :: ranks.world]  # about as many tokens for every rank
-    sums = torch.zeros(2, device=model.device)
-    for part in micro_batches(sorted(mine, key=direction), args):  # rows of one expert side by side
-        loss, nll, kl = forward_sums(model, adapter, part, dtype, args.rdrop_alpha, dropout=True)
-        (loss / M).backward()
-        sums += torch.stack((nll, kl))
-    if ranks.world > 1:
-        sync_gradients(adapter, sums)
+    loss_module = ddp.module if ranks.world > 1 else ddp
+    M = sum(example.target_count for example in batch)
+    by_length = sorted(batch, key=lambda example: len(example.ids))
+    # Every world-th of these, so that the ranks get about as many tokens.
+    own = by_length[ranks.rank :: ranks.world]
+    weight = 1.0
+    if not own:  # fewer examples than ranks: DDP waits for all, so one counts for nothing here
+        own, weight = by_length[:1], 0.0
+    parts = cut(loss_module.model, own, args)
+    sums = torch.zeros(2, device=loss_module.model.device)
+    for i, part in enumerate(parts):
+        accumulate = i + 1 < len(parts) and ranks.world > 1  # ranks add up after the last alone
+        with ddp.no_sync() if accumulate else contextlib.nullcontext():
+            loss, nll, kl = ddp(part, args.rdrop_alpha, True)
+            (loss * weight * ranks.world / M).backward()  # times world, since DDP averages
+        sums += weight * torch.stack((nll, kl))
     return sums
 
 
-def sync_gradients(adapter, sums):
-    """Sum gradients and `sums` over the ranks. DistributedDataParallel would average, and would give experts that
-    no rank used a zero gradient; here they keep none, so that AdamW leaves them as they are."""
-    parameters = list(adapter.parameters())
-    used = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8, device=sums.device)
-    dist.all_reduce(used, op=dist.ReduceOp.MAX)
-    live = [p for p, u in zip(parameters, used.tolist()) if u]
-    for p in live:
-        if p.grad is None:
-            p.grad = torch.zeros_like(p)
-    parts = [sums, *(p.grad.as_strided([p.numel()], [1]) for p in live)]  # as they lie in memory: no copies but into `flat`
-    flat = torch.cat(parts)  # one message a step
-    dist.all_reduce(flat)
-    for part, summed in zip(parts, flat.split([*map(len, parts)])):
-        part.copy_(summed)
-
-
-def lr_factor(step, total, warmup_ratio, schedule):
-    """Share of the peak learning rate at `step` (from 0): linear warm-up over warmup_ratio * total, then `schedule`."""
+def lr_factor(step: int, total: int, warmup_ratio: float) -> float:
+    """Share of the peak learning rate at `step` (from 0): linear warm-up over warmup_ratio * total
+    steps (section A.1), then linear to zero, where the paper is silent."""
     warmup = math.ceil(warmup_ratio * total)
     if step < warmup:
         return (step + 1) / warmup
-    done = (step - warmup) / max(1, total - warmup)
-    return {"linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2, "constant": 1.0}[schedule]
+    return 1 - (step - warmup) / max(1, total - warmup)
+
+
+# --- the dev set ----------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def evaluate_dev(model, adapter, examples, args, ranks, dtype):
-    """Dev loss a target token, overall and by direction group: NLL of one pass without dropout, KL of two passes
-    with it (there is none without), and eq. 9's total."""
-    groups = sorted({group_of(e.src_lang, e.tgt_lang) for e in examples})
+def evaluate_dev(loss: Loss, examples: list[Example], args: Namespace, ranks: Ranks) -> dict:
+    """Dev loss per target token, overall and by direction group: NLL of one pass without dropout,
+    KL of two passes with it (without there is none), and eq. 9's total."""
+    by_length = sorted(examples, key=lambda example: len(example.ids))
+    by_group = {}
+    for example in by_length:
+        by_group.setdefault(group_of(example.src_lang, example.tgt_lang), []).append(example)
+    groups = sorted(by_group)
     sums = torch.zeros(len(groups), 3, dtype=torch.float64)  # nll, kl, tokens
-    ordered = sorted(examples, key=lambda e: len(e.ids))
+    size = 2 * args.micro_batch_size
     for g, group in enumerate(groups):
-        rows = [e for e in ordered if group_of(e.src_lang, e.tgt_lang) == group]
-        size = 2 * args.micro_batch_size
+        rows = by_group[group]
         for index in range(ranks.rank * size, len(rows), ranks.world * size):
-            part = sorted(rows[index : index + size], key=direction)
+            part = rows[index : index + size]
             torch.manual_seed(index)  # the same masks at every evaluation
-            nll = forward_sums(model, adapter, part, dtype, 0, dropout=False)[1]
-            kl = forward_sums(model, adapter, part, dtype, args.rdrop_alpha, dropout=True)[2] if args.rdrop_alpha > 0 else 0.0
-            sums[g] += torch.tensor([float(nll), float(kl), sum(target_count(e) for e in part)], dtype=torch.float64)
-    sums = sum_over_ranks(sums, ranks, model.device)
-
-    def report(row):
-        nll, kl = (row[:2] / row[2]).tolist()
-        return {"nll": round(nll, 6), "kl": round(kl, 6), "loss": round(nll + args.rdrop_alpha * kl, 6)}
-
-    return {**report(sums.sum(0)), **{group: report(row) for group, row in zip(groups, sums)}}
-
-
-@torch.no_grad()
-def dev_router_load(model, adapter, examples, args, ranks, dtype):
-    """Shares of the dev tokens that a learned router gives each expert, by source and by target language."""
-    languages, sides = adapter.languages, ("src_lang", "tgt_lang")
-    totals = torch.zeros(2, len(languages), len(languages), dtype=torch.float64)  # side, language, expert
-    mine = sorted(examples, key=lambda e: len(e.ids))[ranks.rank :: ranks.world]
-    for start in range(0, len(mine), args.micro_batch_size):
-        part = mine[start : start + args.micro_batch_size]
-        tokens, _, _, lengths = concatenate(part, 1)  # (1, T)
-        lora = adapter([e.src_lang for e in part], [e.tgt_lang for e in part], dtype)
-        model(tokens.to(model.device), lora, rows=Rows.of(lengths, model.device))
-        for row, example in zip(router_load(lora, lengths).cpu(), part):  # (n,)
-            for totals_of, side in zip(totals, sides):
-                totals_of[languages.index(getattr(example, side))] += row
-    totals = sum_over_ranks(totals, ranks, model.device)
-    shares = totals / totals.sum(-1, keepdim=True).clamp(min=1e-9)
-    rounded = [[[round(x, 4) for x in row] for row in share] for share in shares.tolist()]
-    return {side: dict(zip(languages, share)) for side, share in zip(sides, rounded)}
+            _, nll, kl = loss(part, 0, False)  # one pass
+            if args.rdrop_alpha > 0:
+                _, _, kl = loss(part, args.rdrop_alpha, True)
+            tokens = sum(example.target_count for example in part)
+            sums[g] += torch.tensor([nll.item(), kl.item(), tokens], dtype=torch.float64)
+    sums = ranks.sum(sums, loss.model.device)
+    report = means(sums.sum(0), args.rdrop_alpha)
+    for group, row in zip(groups, sums):
+        report[group] = means(row, args.rdrop_alpha)
+    return report
 
 
-def save_checkpoint(path, adapter, optimizer, step, best, log, fingerprint):
-    """All that a resumed run needs, replaced atomically. Order and dropout are functions of (seed, epoch, step)."""
-    state = {"step": step, "best": best, "log_bytes": log.tell(), "backbone_fingerprint": fingerprint,
-             "adapter": adapter.state_dict(), "optimizer": optimizer.state_dict()}
-    temporary = Path(f"{path}.tmp")
-    torch.save(state, temporary)
-    os.replace(temporary, path)
+def means(sums: Tensor, rdrop_alpha: float) -> dict:
+    """[nll, kl, tokens] -> the first two and eq. 9's total per token."""
+    nll, kl = (sums[:2] / sums[2]).tolist()
+    loss = total_loss(nll, kl, rdrop_alpha)
+    return {"nll": round(nll, 6), "kl": round(kl, 6), "loss": round(loss, 6)}
 
 
-def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stage", type=int, choices=[1, 2], required=True, help="section 3.3")
-    parser.add_argument("--model", default="meta-llama/Meta-Llama-3-8B-Instruct",
-                        help="backbone: checkpoint folder or hub name (section 4.2)")
-    parser.add_argument("--data", default="data", help="folder that data.py wrote")
-    parser.add_argument("--pseudo", help="Stage 2: folder that pivot.py wrote")
-    parser.add_argument("--out", help="run folder; default runs/stageN")
-    parser.add_argument("--stage-2-data", default="all", choices=["all", "pseudo"],
-                        help="Stage 2 on everything or on the pseudo pairs alone (Table 2)")
-    parser.add_argument("--init-adapter", help="start from this adapter folder, Stage 1's, instead of a fresh one (Table 2)")
-    parser.add_argument("--adapter-type", default="crosslora", choices=list(ROUTES), help="router and banks (sections 3.2, 4.3, 5.2)")
-    parser.add_argument("--groups", default=GROUPS, help="languages that share an expert, for --adapter-type groups (Table 4)")
-    parser.add_argument("--top-k", type=int, default=1, help="experts a token, for --adapter-type molora-topk (section 4.3)")
-    parser.add_argument("--rank", type=int, default=16, help="r (section 4.2)")
-    parser.add_argument("--alpha", type=float, default=64, help="alpha_l; the update is scaled by alpha / r (section 4.2)")
-    parser.add_argument("--dropout", type=float, default=0.1, help="LoRA dropout p (section 4.2)")
-    parser.add_argument("--rdrop-alpha", type=float, default=0.1, help="weight of the KL term, eq. 9 (section 4.2); 0: one pass, eq. 6")
-    parser.add_argument("--normalize", default="tokens", choices=["tokens", "sequences"], help="M of eqs. 6-8")
-    parser.add_argument("--lr", type=float, default=5e-4, help="peak learning rate (section 4.2)")
-    parser.add_argument("--weight-decay", type=float, default=0.02, help="of AdamW, which is our choice (section A.1)")
-    parser.add_argument("--warmup-ratio", type=float, default=5e-4, help="share of all steps (section A.1)")
-    parser.add_argument("--schedule", default="linear", choices=["linear", "cosine", "constant"], help="after warm-up; the paper is silent")
-    parser.add_argument("--max-grad-norm", type=float, default=1.0, help="gradient clipping, 0: none; the paper is silent")
-    parser.add_argument("--epochs", type=int, help="default: Stage 1 3, Stage 2 2 (section A.1)")
-    parser.add_argument("--max-steps", type=int, help="stop after this many steps at the latest; for trials")
-    parser.add_argument("--batch-size", type=int, default=32,
-                        help="effective batch: ranks x micro-batch x accumulation, whatever the passes (section A.1)")
-    parser.add_argument("--micro-batch-size", type=int, default=4,
-                        help="rows of --max-length a rank and pass, where --micro-batch-tokens says nothing else (section A.1)")
-    parser.add_argument("--micro-batch-tokens", type=int,
-                        help="tokens a rank and pass, so that more rows share one when they are short; 0: always --micro-batch-size rows; "
-                             "default: on a GPU what --micro-batch-size rows of --max-length hold, on a CPU 2^20 / intermediate_size, "
-                             "since more outgrow its caches, but 384 at least")
-    parser.add_argument("--max-length", type=int, default=512, help="tokens a pair, longer ones are dropped (section A.1)")
-    parser.add_argument("--keep", default="last", choices=["last", "best"], help="which epoch's adapter: the last, or the lowest dev loss")
-    parser.add_argument("--save-every", type=int, default=200, help="steps between checkpoints")
-    parser.add_argument("--log-every", type=int, default=10, help="steps between lines of metrics.jsonl")
-    parser.add_argument("--prompt-format", default="auto", choices=["auto", *FORMATS], help="auto: the tokenizer's own chat format")
-    parser.add_argument("--dry-run", action="store_true", help="print sizes, steps and expected memory from config.json alone, and stop")
-    parser.add_argument("--seed", type=int, default=0)
-    add_device_arguments(parser)
+# --- the command ----------------------------------------------------------------------------------
+
+
+def parse_args() -> Namespace:
+    parser = ArgumentParser(description=__doc__, formatter_class=runs.HelpFormatter)
+    add = parser.add_argument
+    add("--stage", type=int, choices=[1, 2], required=True, help="section 3.3")
+    llama = "meta-llama/Meta-Llama-3-8B-Instruct"
+    add("--model", default=llama, help="backbone: checkpoint folder or hub name (section 4.2)")
+    add("--data", default="data", help="folder that data.py wrote")
+    add("--pseudo", help="Stage 2: folder that pivot.py wrote; default runs/pseudo")
+    add("--out", help="run folder; default runs/stage1 or runs/stage2")
+    of_stage_2 = "Stage 2 on everything or on the pseudo pairs alone (Table 2)"
+    add("--stage-2-data", default="all", choices=["all", "pseudo"], help=of_stage_2)
+    add("--init-adapter", help="start from this adapter folder, such as Stage 1's (Table 2)")
+    kinds = "router and banks (sections 3.2, 4.3, 5.2)"
+    add("--adapter-type", default="crosslora", choices=list(crosslora.ROUTES), help=kinds)
+    add("--groups", default=crosslora.GROUPS, help="of languages, for the type groups (Table 4)")
+    add("--top-k", type=int, default=1, help="experts per token, for molora-topk (section 4.3)")
+    add("--rank", type=int, default=16, help="r (section 4.2)")
+    add("--alpha", type=float, default=64, help="alpha_l; the update is times alpha / r (4.2)")
+    add("--dropout", type=float, default=0.1, help="LoRA dropout p (section 4.2)")
+    add("--rdrop-alpha", type=float, default=0.1, help="of eq. 9 (section 4.2); 0: one pass, eq. 6")
+    add("--lr", type=float, default=5e-4, help="peak learning rate (section 4.2)")
+    add("--weight-decay", type=float, default=0.02, help="of AdamW (section A.1)")
+    add("--warmup-ratio", type=float, default=5e-4, help="share of all steps (section A.1)")
+    add("--max-grad-norm", type=float, default=1.0, help="clipping, 0: none; the paper is silent")
+    add("--epochs", type=int, help="default: Stage 1 3, Stage 2 2 (section A.1)")
+    add("--max-steps", type=int, help="stop after this many steps at the latest; for trials")
+    effective = "effective batch: processes x micro-batch x accumulation (section A.1)"
+    add("--batch-size", type=int, default=32, help=effective)
+    add("--micro-batch-size", type=int, default=4, help="pairs per process and pass (section A.1)")
+    add("--max-length", type=int, default=512, help="tokens; longer pairs are dropped (A.1)")
+    add("--save-every", type=int, default=200, help="steps between checkpoints")
+    add("--log-every", type=int, default=10, help="steps between lines of metrics.jsonl")
+    chat = "auto: the backbone's own chat template; plain: none"
+    add("--prompt-format", default="auto", choices=["auto", "plain"], help=chat)
+    add("--dry-run", action="store_true", help="print parameters, steps and tokens, and stop")
+    add("--seed", type=int, default=0, help="of adapter, order and dropout")
+    runs.add_plain_argument(parser)
+    runs.add_device_arguments(parser)
     args = parser.parse_args()
+    if args.stage == 1 and (args.pseudo or args.stage_2_data != "all"):
+        raise UserError("--pseudo and --stage-2-data are Stage 2's")
+    if args.stage == 2:
+        args.pseudo = args.pseudo or "runs/pseudo"
     args.out = args.out or f"runs/stage{args.stage}"
-    args.epochs = {1: 3, 2: 2}[args.stage] if args.epochs is None else args.epochs
-    at_least(0, args, "micro_batch_tokens")
-    at_least(1, args, "rank", "top_k", "epochs", "max_steps", "batch_size", "micro_batch_size", "max_length", "save_every", "log_every")
-    numbers = dict.fromkeys(("alpha", "rdrop_alpha", "lr", "weight_decay", "max_grad_norm"), math.inf)
-    for flag, end in {**numbers, "dropout": 1, "warmup_ratio": 1, "seed": 2**31}.items():
-        if not 0 <= getattr(args, flag) < end:
-            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must lie in [0, {end})")
+    if args.epochs is None:
+        args.epochs = {1: 3, 2: 2}[args.stage]
+    runs.at_least(1, args, "rank", "top_k", "epochs", "max_steps", "batch_size", "micro_batch_size")
+    runs.at_least(1, args, "max_length", "save_every", "log_every")
+    runs.within(math.inf, args, "alpha", "rdrop_alpha", "lr", "weight_decay", "max_grad_norm")
+    runs.within(1, args, "dropout", "warmup_ratio")
+    runs.within(2**31, args, "seed")
     return args
 
 
-def main():
-    args = parse_args()
-    ranks = init_distributed(args.device)
-    chief = ranks.rank == 0
-    if args.batch_size % (ranks.world * args.micro_batch_size):
-        raise UserError(f"--batch-size {args.batch_size} cannot be divided into {ranks.world} processes x --micro-batch-size "
-                        f"{args.micro_batch_size} x a whole number of accumulation steps")
-    device, dtype = device_and_dtype(args.device, args.dtype)
-    if args.dry_run:
-        if chief:
-            dry_run(args)
-        return
+def new_adapter(args: Namespace, cfg: Config, languages: list[str]) -> CrossLoRA:
+    settings = {key: getattr(args, key) for key in ("rank", "alpha", "dropout", "groups", "top_k")}
+    return CrossLoRA(cfg, languages, variant=args.adapter_type, **settings)
 
-    languages, train_rows, dev_rows, files = read_stage_data(args)
-    folder, pinned = resolve(args.model)
-    cfg = backbone.Config.load(folder)
-    tokenizer = Tokenizer(folder, cfg, args.prompt_format)
-    may_change = ("out", "micro_batch_size", "micro_batch_tokens", "device", "dry_run")  # between a stop and its resumption
-    config = {k: v for k, v in vars(args).items() if k not in may_change}
-    config.update(languages=languages, prompt_format=tokenizer.format, tokenizer_sha256=tokenizer.sha256, dtype=dtype_name(dtype),
-                  files={f.name: file_sha256(f) for f in files})
-    fresh = lambda: CrossLoRA(cfg, languages, args.rank, args.alpha, args.dropout, args.adapter_type, args.groups, args.top_k)
+
+def run_config(
+    args: Namespace, cfg: Config, languages: list[str], tokenizer: Tokenizer, files: list[Path]
+) -> dict:
+    """A run's settings: with others it is not resumed. Raises UserError for an --init-adapter that
+    was made with others, and for --groups and --top-k that don't fit."""
+    may_change = ("out", "micro_batch_size", "device", "dry_run", "plain")
+    config = {name: value for name, value in vars(args).items() if name not in may_change}
+    config.update(tokenizer.describe(), languages=languages)
+    config["files"] = {file.name: runs.file_sha256(file) for file in files}
     with torch.device("meta"):
-        adapter = fresh()  # refuses --groups and --top-k that don't fit
+        now = crosslora.settings_of(new_adapter(args, cfg, languages))
+    config["target_modules"] = now["target_modules"]
     if args.init_adapter:
-        was = read_description(args.init_adapter)
-        now = {"variant": args.adapter_type, "languages": languages, "rank": args.rank, "alpha": args.alpha, "groups": adapter.groups,
-               "top_k": adapter.top_k, "prompt_format": tokenizer.format}
-        differ = [f"{k} was {was[k]!r}, now {v!r}" for k, v in now.items() if was[k] != v]
-        if differ:
-            raise UserError(f"--init-adapter {args.init_adapter}: made with other settings ({'; '.join(differ)})")
-        config["init_adapter_sha256"] = file_sha256(Path(args.init_adapter) / "adapter.safetensors")
-    out = Path(args.out)
-    claim(out, config, write=False)  # refuse before the long work of encoding and loading
-    if ranks.of_first((out / "summary.json").exists):
-        if chief:
-            print(f"{out}: finished already; the adapter is in {out / 'adapter'}")
-        return
-    (train, dropped), (dev, dev_dropped) = (encode(tokenizer, rows, args.max_length) for rows in (train_rows, dev_rows))
-    if not train:
-        raise UserError(f"{files[0]}: no training pair fits --max-length {args.max_length}")
+        was = crosslora.read_description(args.init_adapter)
+        now.update(dropout=was["dropout"], prompt_sha256=config["prompt_sha256"])
+        for key, value in now.items():
+            if was[key] != value:
+                why = f"made with other settings: {key} was {was[key]!r}, now {value!r}"
+                raise UserError(f"--init-adapter {args.init_adapter}: {why}")
+        weights = Path(args.init_adapter) / "adapter.safetensors"
+        config["init_adapter_sha256"] = runs.file_sha256(weights)
+    return config
 
-    model = backbone.load(folder, device, dtype)
-    args.micro_batch_tokens = pass_tokens(args, cfg, device.type)
-    fingerprint = model.fingerprint()
+
+def start_adapter(args: Namespace, cfg: Config, languages: list[str], made_for: dict) -> CrossLoRA:
+    """A fresh adapter (section 3.3: "reinitialized"), or --init-adapter's weights (Table 2)."""
     torch.manual_seed(args.seed)
-    adapter = fresh()
+    adapter = new_adapter(args, cfg, languages)
     if args.init_adapter:
-        adapter.load_state_dict(load_adapter(args.init_adapter, cfg, fingerprint, tokenizer.sha256)[0].state_dict())
-    adapter.to(device)
+        start, _ = crosslora.load_adapter(args.init_adapter, cfg, made_for)
+        adapter.load_state_dict(start.state_dict())
+    return adapter
 
-    steps_per_epoch = math.ceil(len(train) / args.batch_size)
-    total = min(args.epochs * steps_per_epoch, args.max_steps or math.inf)
-    parameters = sum(p.numel() for p in adapter.parameters())
-    summary = {"steps": total, "trainable_parameters": parameters, "train_pairs": len(train), "train_dropped": dropped,
-               "dev_pairs": len(dev), "dev_dropped": dev_dropped, "backbone_fingerprint": fingerprint, "processes": ranks.world,
-               "micro_batch_size": args.micro_batch_size, "micro_batch_tokens": args.micro_batch_tokens}
-    lock = claim_run(out, config, ranks)
 
-    optimizer = torch.optim.AdamW(adapter.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
-    step, best, log_bytes, order = 0, math.inf, 0, None
-    if ranks.of_first((out / "checkpoint.pt").exists):
-        state = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)
-        if state["backbone_fingerprint"] != fingerprint:
-            raise UserError(f"{out}: was started on another backbone than the {args.model} of now; choose another --out")
-        adapter.load_state_dict(state["adapter"])
-        optimizer.load_state_dict(state["optimizer"])
-        for p, moments in optimizer.state.items():  # the fused step asks no strides: they must lie in memory as p does, whoever wrote them
-            moments.update({name: torch.empty_like(p).copy_(x) for name, x in moments.items() if x.shape == p.shape})
-        step, best, log_bytes = state["step"], state["best"], state["log_bytes"]
-        del state
-    if chief:
-        print(json.dumps({**config, **summary}, ensure_ascii=False))
-        accumulation = args.batch_size // (ranks.world * args.micro_batch_size)
-        passes = f", or as many passes as {args.micro_batch_tokens} tokens in each take" if args.micro_batch_tokens else ""
-        resuming = f"; resuming at step {step}" if step else ""
-        print(f"{parameters:,} trainable parameters, {parameters / sum(p.numel() for p in model.parameters()):.2%} of the backbone; "
-              f"{len(train)} pairs ({dropped} over {args.max_length} tokens dropped); batch {args.batch_size} = {ranks.world} processes x "
-              f"{args.micro_batch_size} x accumulation {accumulation}{passes}; {total} steps{resuming}", flush=True)
+class Run(NamedTuple):
+    """What the loop needs."""
 
-    model.pack(training=True)
-    log = open(out / "metrics.jsonl" if chief else os.devnull, "ab")
-    if chief:
-        log.seek(log.truncate(log_bytes))  # lines that the checkpoint does not know are written again
+    args: Namespace
+    ranks: Ranks
+    loss: Loss
+    ddp: nn.Module  # loss, or the DistributedDataParallel around it
+    cut: Callable  # micro_batches, or that of fast/
+    optimizer: torch.optim.Optimizer
+    train: list[Example]
+    dev: list[Example]
+    made_for: dict  # backbone and prompt, for adapter.json
 
-    def write_log(line):
-        log.write((json.dumps(line) + "\n").encode())
-        log.flush()
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(len(self.train) / self.args.batch_size)
 
-    def must_be_finite(number, what):
-        if not math.isfinite(number):
-            raise UserError(f"{out}: {what} is {number} by step {step}; lower --lr and choose another --out")
+    @property
+    def total(self) -> int:
+        """Steps of the run."""
+        return min(self.args.epochs * self.steps_per_epoch, self.args.max_steps or math.inf)
 
-    bar = tqdm(total=total, initial=step, desc=f"stage {args.stage}", unit="step", disable=None if chief else True)
-    worst = torch.zeros((), device=device)  # the greatest gradient norm so far, looked at now and then, since that waits for a GPU
-    while step < total:
-        epoch, position = divmod(step, steps_per_epoch)
+
+def save_checkpoint(run: Run, step: int, log: TextIO) -> None:
+    """All that a resumed run needs, replaced atomically. The order of examples and the dropout
+    masks are functions of seed, epoch and step."""
+    state = {
+        "step": step,
+        "log_bytes": log.tell(),
+        "backbone_fingerprint": run.made_for["backbone_fingerprint"],
+        "adapter": run.loss.adapter.state_dict(),
+        "optimizer": run.optimizer.state_dict(),
+    }
+    path = Path(run.args.out) / "checkpoint.pt"
+    torch.save(state, f"{path}.tmp")
+    os.replace(f"{path}.tmp", path)
+
+
+def load_checkpoint(run: Run) -> tuple[int, int]:
+    """(steps done, bytes of metrics.jsonl then), (0, 0) for a run without a checkpoint."""
+    args, path = run.args, Path(run.args.out) / "checkpoint.pt"
+    if not run.ranks.broadcast_from_rank0(path.exists):
+        return 0, 0
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if state["backbone_fingerprint"] != run.made_for["backbone_fingerprint"]:
+        why = f"was started on another backbone than the {args.model} of now"
+        raise UserError(f"{args.out}: {why}; choose another --out")
+    run.loss.adapter.load_state_dict(state["adapter"])
+    run.optimizer.load_state_dict(state["optimizer"])
+    return state["step"], state["log_bytes"]
+
+
+def check_finite(number: float, what: str, step: int, args: Namespace) -> None:
+    """Raises UserError where training has gone astray."""
+    if not math.isfinite(number):
+        why = f"{what} is {number} by step {step}; lower --lr and choose another --out"
+        raise UserError(f"{args.out}: {why}")
+
+
+def fit(run: Run, step: int, log: TextIO) -> None:
+    """The loop, from `step` (0, or a checkpoint's) to the last."""
+    args, ranks, train = run.args, run.ranks, run.train
+    no_bar = None if ranks.rank == 0 else True  # None: where stderr is no terminal
+    bar = tqdm(total=run.total, initial=step, desc=f"stage {args.stage}", disable=no_bar)
+    worst = torch.zeros((), device=run.loss.model.device)  # the largest gradient norm so far
+    order = None
+    while step < run.total:
+        epoch, position = divmod(step, run.steps_per_epoch)
         if order is None or position == 0:
             order = epoch_order(len(train), args.seed, epoch)
-        batch = [train[i] for i in order[position * args.batch_size : (position + 1) * args.batch_size]]
-        lr = args.lr * lr_factor(step, total, args.warmup_ratio, args.schedule)
-        for group in optimizer.param_groups:
+        start = position * args.batch_size
+        batch = [train[i] for i in order[start : start + args.batch_size]]
+        lr = args.lr * lr_factor(step, run.total, args.warmup_ratio)
+        for group in run.optimizer.param_groups:
             group["lr"] = lr
-        torch.manual_seed((args.seed * 1_000_003 + step) * 4096 + ranks.rank)  # dropout masks resume without saved state
-        optimizer.zero_grad(set_to_none=True)  # None, not 0: an unused expert must not be touched
-        sums = backward(model, adapter, batch, args, ranks, dtype)
-        used = [p for p in adapter.parameters() if p.grad is not None]
+        # Every step and rank has dropout masks of its own, which resume without saved state.
+        torch.manual_seed((args.seed * 1_000_003 + step) * 4096 + ranks.rank)
+        run.optimizer.zero_grad(set_to_none=True)  # None, not 0: an unused expert is not touched
+        sums = backward(run.ddp, batch, args, ranks, run.cut)
+        used = [p for p in run.loss.adapter.parameters() if p.grad is not None]
         norm = torch.nn.utils.clip_grad_norm_(used, args.max_grad_norm or math.inf)
-        optimizer.step()
+        run.optimizer.step()
         step += 1
-        worst = torch.maximum(worst, norm)  # nan, once there, stays
-        at_end = step % steps_per_epoch == 0 or step == total
-        logs, saves = step % args.log_every == 0 or step == total, step % args.save_every == 0 or at_end
-        if logs or saves:
-            must_be_finite(worst.item(), "the gradient norm")
+        worst = torch.maximum(worst, norm)  # NaN, once there, stays
+
+        at_end = step % run.steps_per_epoch == 0 or step == run.total
+        logs = step % args.log_every == 0 or step == run.total
+        saves = step % args.save_every == 0 or at_end
+        if logs or saves:  # not at every step, since .item() synchronises the GPU
+            check_finite(worst.item(), "the gradient norm", step, args)
         if logs:
-            nll, kl = (sums / denominator(batch, "tokens")).tolist()  # a target token, as dev's
-            loss = nll + args.rdrop_alpha * kl
-            line = {"step": step, "epoch": round(step / steps_per_epoch, 4), "lr": lr, "nll": nll, "kl": kl, "loss": loss}
-            write_log({**line, "grad_norm": norm.item()})
+            M = sum(example.target_count for example in batch)
+            nll, kl = (ranks.sum(sums.cpu(), run.loss.model.device) / M).tolist()
+            loss = total_loss(nll, kl, args.rdrop_alpha)
+            line = {"step": step, "epoch": round(step / run.steps_per_epoch, 4), "lr": lr}
+            line.update(nll=nll, kl=kl, loss=loss, grad_norm=norm.item())
+            print(json.dumps(line), file=log, flush=True)
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
         bar.update()
         if at_end:
-            if dev:
-                report = evaluate_dev(model, adapter, dev, args, ranks, dtype)
-                must_be_finite(report["loss"], "the dev loss")
-                write_log({"step": step, "dev": report})
-                if adapter.learned:
-                    write_log({"step": step, "router_load": dev_router_load(model, adapter, dev, args, ranks, dtype)})
-                if chief:
-                    bar.write(f"step {step}: dev " + json.dumps(report), file=sys.stdout)
-            better = not dev or report["loss"] < best
-            best = min(best, report["loss"]) if dev else best
-            if chief and (args.keep == "last" or better):
-                description = adapter.describe(pinned, fingerprint, tokenizer.format, tokenizer.sha256, args.seed, step)
-                save_adapter(adapter, description, out / "adapter")
-        if chief and saves:
-            save_checkpoint(out / "checkpoint.pt", adapter, optimizer, step, best, log, fingerprint)
+            end_epoch(run, step, log, bar)
+        if saves and ranks.rank == 0:
+            save_checkpoint(run, step, log)
     bar.close()
-    ranks.barrier()
+
+
+def end_epoch(run: Run, step: int, log: TextIO, bar: tqdm) -> None:
+    """Dev loss, and the adapter as it is now; the paper does not say what dev decides."""
+    args, ranks, dev = run.args, run.ranks, run.dev
+    if dev:
+        report = evaluate_dev(run.loss, dev, args, ranks)
+        check_finite(report["loss"], "the dev loss", step, args)
+        line = {"step": step, "dev": report}
+        if run.loss.adapter.learned:
+            line["router_load"] = router_shares(run.loss, dev, ranks, args.micro_batch_size)
+        print(json.dumps(line), file=log, flush=True)
+        if ranks.rank == 0:
+            bar.write(f"step {step}: dev " + json.dumps(report), file=sys.stdout)
+    if ranks.rank == 0:
+        folder = Path(args.out) / "adapter"
+        crosslora.save_adapter(run.loss.adapter, folder, run.made_for, step)
+
+
+def execute(run: Run, config: dict, dropped: int, dev_dropped: int) -> None:
+    """A run from its start or its last checkpoint to its end, in a folder that nobody shares."""
+    out, chief = Path(run.args.out), run.ranks.rank == 0
+    size, world, micro = run.args.batch_size, run.ranks.world, run.args.micro_batch_size
+    batch = f"{size} = {world} processes x {micro} x accumulation {size // (world * micro)}"
+    summary = {
+        "steps": run.total,
+        "trainable_parameters": sum(p.numel() for p in run.loss.parameters()),
+        "train_pairs": len(run.train),
+        "train_dropped": dropped,
+        "dev_pairs": len(run.dev),
+        "dev_dropped": dev_dropped,
+        "backbone_fingerprint": run.made_for["backbone_fingerprint"],
+        "batch": batch,
+    }
+    lock = runs.claim_run(out, config, run.ranks)
+    step, log_bytes = load_checkpoint(run)
     if chief:
-        write_atomic(out / "summary.json", json.dumps(summary, indent=2) + "\n")
+        print(json.dumps({**config, **summary}, ensure_ascii=False))
+        resuming = f"; resuming at step {step}" if step else ""
+        print(f"batch {batch}; {run.total} steps{resuming}", flush=True)
+    with open(out / "metrics.jsonl" if chief else os.devnull, "a") as log:
+        if chief:  # lines that the checkpoint does not know are written again
+            log.seek(log.truncate(log_bytes))
+        fit(run, step, log)
+    run.ranks.barrier()
+    if chief:
+        runs.write_json(out / "summary.json", summary)
         lock.close()
         print(f"{out}: done; the adapter is in {out / 'adapter'}")
 
 
+def main() -> None:
+    args = parse_args()
+    ranks = runs.init_distributed(args.device)
+    out = Path(args.out)
+    if args.batch_size % (ranks.world * args.micro_batch_size):
+        raise UserError(
+            f"--batch-size {args.batch_size} cannot be divided into {ranks.world} processes x "
+            f"--micro-batch-size {args.micro_batch_size} x a whole number of accumulation steps"
+        )
+    if args.dry_run:
+        if ranks.rank == 0:
+            dry_run(args)
+        return
+    device, dtype = runs.device_and_dtype(args.device, args.dtype)
+    fast = runs.load_fast(args.plain, ranks)
+
+    # Settings and data: what can be refused is refused before the long work begins.
+    sources = args.data, args.pseudo, args.stage_2_data == "pseudo"
+    languages, train_rows, dev_rows, files = read_stage_data(*sources)
+    folder, backbone = runs.resolve(args.model)
+    cfg = Config.load(folder)
+    tokenizer = Tokenizer(folder, cfg, args.prompt_format)
+    config = run_config(args, cfg, languages, tokenizer, files)
+    config.update(dtype=runs.dtype_name(dtype), engine=runs.engine_name(fast))
+    runs.check_claim(out, config)
+    if ranks.broadcast_from_rank0((out / "summary.json").exists):
+        if ranks.rank == 0:
+            print(f"{out}: finished already; the adapter is in {out / 'adapter'}")
+        return
+    train, dropped = encode(tokenizer, train_rows, args.max_length)
+    dev, dev_dropped = encode(tokenizer, dev_rows, args.max_length)
+    if not train:
+        raise UserError(f"{files[0]}: no training pair fits --max-length {args.max_length}")
+
+    # The frozen backbone, the adapter, the loss, the optimizer.
+    model = load(folder, device, dtype)
+    made_for = {"backbone": backbone, "backbone_fingerprint": model.fingerprint()}
+    made_for.update(tokenizer.describe(), seed=args.seed)
+    adapter = start_adapter(args, cfg, languages, made_for).to(device)
+    if fast:
+        fast.prepare(model, adapter, training=True)
+    loss = Loss(model, adapter, fast.forward_sums if fast else forward_sums)
+    cut = fast.micro_batches if fast else micro_batches
+    optimizer = torch.optim.AdamW(
+        adapter.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True
+    )
+    ddp = data_parallel(loss, ranks)
+    run = Run(args, ranks, loss, ddp, cut, optimizer, train, dev, made_for)
+    execute(run, config, dropped, dev_dropped)
+
+
 if __name__ == "__main__":
-    run_main(main)
+    runs.run_main(main)

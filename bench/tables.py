@@ -1,4 +1,4 @@
-"""The README's tables of speed, from bench/results/*.json:  python bench/tables.py"""
+"""The tables of speed in bench/README.md, from bench/results/*.json:  python bench/tables.py"""
 
 import json
 import sys
@@ -6,51 +6,95 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from files import markdown  # noqa: E402
+from support.report import markdown
 
 
-def ratio(r):
-    return "-" if r is None else f"{r['median']:.2f} ({r['min']:.2f}-{r['max']:.2f}, {r['n']})"
+def ratio(value):
+    if value is None:
+        return "-"
+    return f"{value['median']:.2f} ({value['min']:.2f}-{value['max']:.2f}, {value['n']})"
+
+
+def smallest_first(path):
+    return "SML".find(path.stem.split("_")[1]), path.stem
 
 
 def read(kind):
     """The result files of a kind, the smallest size first."""
-    order = lambda path: ("SML".find(path.stem.split("_")[1]), path.stem)
-    return [json.loads(path.read_text()) for path in sorted((ROOT / "bench/results").glob(f"{kind}_*.json"), key=order)]
+    files = sorted((ROOT / "bench/results").glob(f"{kind}_*.json"), key=smallest_first)
+    return [json.loads(file.read_text()) for file in files]
 
 
-def size(r):
-    device = r["machine"]["device"].replace("(R)", "").removesuffix(" Processor")
-    return f"{r['size']}, {device}" + ("" if r["machine"]["allocator"] == "default" else ", tuned allocator")
+def size(result):
+    """Size, device, its instructions where they are old, allocator: the first column."""
+    machine = result["machine"]
+    device = machine["device"].replace("(R)", "").removesuffix(" Processor")
+    tuned = "" if machine["allocator"] == "default" else ", tuned allocator"
+    narrow = ", AVX2" if machine["instructions"] == "AVX2" else ""
+    return f"{result['size']}, {device}{narrow}{tuned}"
 
 
-def tables():
-    """Training, decoding and CrossLoRA's own cost as markdown, a row a result file."""
-    train = []
-    for r in read("train"):
-        peaks = [f"{r['peak_mib'][name]:,}" if name in r["peak_mib"] else "-" for name in ("ours", "usual", "tuned")]
-        train.append([size(r), str(r["tokens_per_s"]["ours"]), ratio(r.get("ratio_usual")), ratio(r.get("ratio_tuned")),
-                      f"{r['utilisation']:.0%}", *peaks, str(r["pairs"])])
-    decode = []
-    for r in read("generate"):
-        decode.append([size(r) + ("" if r["peer_seconds"] else ", ours alone"), str(r["sentences_per_s"]["ours"]),
-                       str(r["output_tokens_per_s"]["ours"]), ratio(r.get("ratio_usual")), ratio(r.get("ratio_sorted")),
-                       f"{r['utilisation']:.0%}", str(r["count"])])
-        if alone := r.get("alone"):
+def training():
+    header = ["size", "ours, tokens/s", "over plain", "over the usual peer", "over the tuned peer"]
+    header += [
+        "% of peak matmul throughput",
+        "peak MiB with model, ours",
+        "usual",
+        "tuned",
+        "pairs",
+    ]
+    lines = []
+    for result in read("train"):
+        cells = [size(result), str(result["tokens_per_s"]["ours"])]
+        cells += [ratio(result.get(f"ratio_{name}")) for name in ("plain", "usual", "tuned")]
+        cells.append(f"{result['utilisation']:.0%}")
+        for name in ("ours", "usual", "tuned"):
+            peak = result["peak_mib"].get(name)
+            cells.append("-" if peak is None else f"{peak:,}")
+        lines.append([*cells, str(result["pairs"])])
+    return markdown(header, lines)
+
+
+def decoding():
+    header = ["size", "ours, sentences/s", "new tokens/s", "over plain", "over the usual peer"]
+    header += ["over the sorted peer", "% of peak matmul throughput", "sentences"]
+    lines = []
+    for result in read("generate"):
+        compared = result["peer_seconds"] or "ratio_plain" in result
+        name = size(result) + ("" if compared else ", ours alone")
+        cells = [name, str(result["sentences_per_s"]["ours"])]
+        cells.append(str(result["output_tokens_per_s"]["ours"]))
+        cells += [ratio(result.get(f"ratio_{name}")) for name in ("plain", "usual", "sorted")]
+        lines.append([*cells, f"{result['utilisation']:.0%}", str(result["count"])])
+        alone = result.get("alone")
+        if alone:
             rate = alone["output_tokens_per_s"]["median"]
-            decode.append([f"{size(r)}, ours alone", f"{rate * alone['count'] / alone['output_tokens']:.2f}", str(rate),
-                           "-", "-", "-", str(alone["count"])])
-    whole = lambda r: "" if r.get("optimizer") else " without the optimizer"
-    where = lambda r, what: f"{r['pairs']} pairs{whole(r)}" if what == "training" else f"{r['count']} sentences in {r['batch_size']} places"
-    more = lambda value: f"{value['median'] - 1:+.1%} ({value['min'] - 1:+.1%} to {value['max'] - 1:+.1%}, {value['n']})"
-    cost = [[f"{what}, {size(r)}, {where(r, what)}", *map(more, r[what].values())]
-            for r in read("cost") for what in ("training", "decoding")]
-    return (markdown(["size", "ours, tokens/s", "over the usual peer", "over the tuned peer", "of the product's rate",
-                      "peak MiB with model, ours", "usual", "tuned", "pairs"], train) + "\n"
-            + markdown(["size", "ours, sentences/s", "new tokens/s", "over the usual peer", "over the sorted peer",
-                        "of the product's rate", "sentences"], decode) + "\n"
-            + markdown(["CrossLoRA's cost over a plain LoRA", "6 languages", "100 languages"], cost))
+            sentences = f"{rate * alone['count'] / alone['output_tokens']:.2f}"
+            cells = [f"{size(result)}, ours alone", sentences, str(rate), "-", "-", "-", "-"]
+            lines.append([*cells, str(alone["count"])])
+    return markdown(header, lines)
+
+
+def more(value):
+    """A ratio as what it is above 1."""
+    low, high = value["min"] - 1, value["max"] - 1
+    return f"{value['median'] - 1:+.1%} ({low:+.1%} to {high:+.1%}, {value['n']})"
+
+
+def cost():
+    lines = []
+    for result in read("cost"):
+        partly = "" if result.get("optimizer") else " without the optimizer"
+        work = {
+            "training": f"{result['pairs']} pairs{partly}",
+            "decoding": f"{result['count']} sentences, batches of {result['batch_size']}",
+        }
+        for what, how_much in work.items():
+            ratios = [more(value) for value in result[what].values()]
+            lines.append([f"{what}, {size(result)}, {how_much}", *ratios])
+    header = ["CrossLoRA's cost over a plain LoRA", "6 languages", "100 languages"]
+    return markdown(header, lines)
 
 
 if __name__ == "__main__":
-    print(tables(), end="")
+    print(training(), decoding(), cost(), sep="\n", end="")

@@ -1,9 +1,11 @@
-"""Shared fixtures: a small random backbone with a real tokenizer, made by the same code as the embedded default."""
+"""Shared fixtures: a small random backbone with a real tokenizer, made by the same code as the
+embedded default."""
 
 import contextlib
 import io
 import json
 import os
+import random
 import runpy
 import subprocess
 import sys
@@ -15,18 +17,33 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "examples/tiny")]
 
-import random  # noqa: E402
+from pretrain import config_of, random_model, save_tokenizer, train_tokenizer
+from world import meanings, sentence
 
-import model as backbone  # noqa: E402
-from crosslora import CrossLoRA, save_adapter  # noqa: E402
-from data import LANGUAGES, Tokenizer  # noqa: E402
-from files import write_jsonl  # noqa: E402
-from generate import load_engine  # noqa: E402
-from pretrain import config_of, random_model, train_tokenizer  # noqa: E402
-from world import meanings, sentence  # noqa: E402
+import model as backbone
+from crosslora import CrossLoRA, save_adapter
+from data import LANGUAGES, Tokenizer
+from generate import load_engine
+from support.export import save_backbone
+from support.runs import Ranks, load_fast, write_json, write_jsonl
 
 torch.set_num_threads(1)  # sums in one order, and no quarrel with the subprocesses
-SHARED = ROOT.parent / "shared"
+# The real tokenizers and text beside the checkout, or beside one in which this copy lies.
+SHARED = next(
+    (p / "shared" for p in ROOT.parents if (p / "shared/tokenizers").is_dir()), ROOT / "-"
+)
+FAST = load_fast(not (ROOT / "fast").is_dir(), Ranks(0, 1))  # None where the folder is absent
+NO_FAST = "no fast/ in this checkout: running the plain scripts"
+collect_ignore_glob = [] if FAST else ["test_fast_*", "test_gpu.py", "test_benches.py"]
+
+
+# A minute and more each. They begin first, or one of pytest's processes would wait for the other.
+SLOWEST = ("test_the_defaults_chain", "test_real_text_through", "test_kill_and_resume_command")
+SLOWEST += ("test_decoding_agrees", "test_training_agrees", "test_evaluate_command")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: not item.name.startswith(SLOWEST))
 
 
 @pytest.fixture(scope="session")
@@ -43,7 +60,14 @@ def sentences():
     stream, rng, rows = meanings(random.Random(3)), random.Random(4), []
     for _ in range(64):
         meaning, (src_lang, tgt_lang) = next(stream), rng.sample(list(LANGUAGES), 2)
-        rows.append({"src_lang": src_lang, "tgt_lang": tgt_lang, "src": sentence(meaning, src_lang), "tgt": sentence(meaning, tgt_lang)})
+        rows.append(
+            {
+                "src_lang": src_lang,
+                "tgt_lang": tgt_lang,
+                "src": sentence(meaning, src_lang),
+                "tgt": sentence(meaning, tgt_lang),
+            }
+        )
     return rows
 
 
@@ -56,7 +80,7 @@ def data(sentences, tmp_path_factory):
     write_jsonl(folder / "stage1.train.jsonl", english)
     write_jsonl(folder / "stage1.dev.jsonl", english[:4])
     write_jsonl(folder / "stage2.flores.jsonl", others[:3])
-    (folder / "config.json").write_text(json.dumps({"languages": ",".join(LANGUAGES)}))
+    write_json(folder / "config.json", {"languages": ",".join(LANGUAGES)})
     (folder / "manifest.json").write_text("{}")
     pseudo = folder / "pseudo"
     pseudo.mkdir()
@@ -66,14 +90,17 @@ def data(sentences, tmp_path_factory):
 
 
 def make_checkpoint(folder, seed=0, **changes):
-    """A random checkpoint folder; the wide initialisation makes logits differ enough for greedy decoding to wander."""
+    """A random checkpoint folder; the wide initialisation makes logits differ enough for greedy
+    decoding to wander."""
     stream = meanings(random.Random(0))
-    tokenizer = train_tokenizer([sentence(next(stream), lang) for _ in range(300) for lang in LANGUAGES], 700)
+    tokenizer = train_tokenizer(
+        [sentence(next(stream), lang) for _ in range(300) for lang in LANGUAGES], 700
+    )
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
+    save_tokenizer(tokenizer, folder)
     config = {**config_of(tokenizer, 32, 2), "initializer_range": 0.3, **changes}
     torch.manual_seed(seed)
-    backbone.save(random_model(config, folder), config, folder)
+    save_backbone(random_model(config, folder), config, folder)
     return folder
 
 
@@ -86,15 +113,15 @@ def randomise(adapter, seed=1):
     return adapter
 
 
-def update_alone(update, x, d_out):
-    """What one of crosslora.CrossLoRA's updates adds to a projection to `d_out` features: that of zeros."""
-    projection = backbone.Linear(x.shape[-1], d_out, bias=False).requires_grad_(False)
-    torch.nn.init.zeros_(projection.weight)
-    return update(projection, x)
+def made_for(lm, tokenizer, backbone_name="somewhere", seed=0):
+    """What save_adapter and load_adapter are told of a backbone and its prompt."""
+    here = {"backbone": str(backbone_name), "backbone_fingerprint": lm.fingerprint()}
+    return {**here, **tokenizer.describe(), "seed": seed}
 
 
 class CalledAnew:
-    """In place of devices.Recorded: inputs and output in the same memory every time, as there, but the function is called."""
+    """In place of fast.decoding.Recorded: inputs and output in the same memory every time, as
+    there, but the function is called."""
 
     made = 0
 
@@ -104,9 +131,9 @@ class CalledAnew:
         self.first = self.output = function(*self.inputs).clone()
 
     def __call__(self, *inputs):
-        for mine, new in zip(self.inputs, inputs, strict=True):
-            assert mine.shape == new.shape
-            mine.copy_(new)
+        for own, new in zip(self.inputs, inputs, strict=True):
+            assert own.shape == new.shape
+            own.copy_(new)
         return self.output.copy_(self.function(*self.inputs))
 
 
@@ -125,58 +152,132 @@ def tokenizer(checkpoint, lm):
     return Tokenizer(checkpoint, lm.cfg)
 
 
-@pytest.fixture(scope="session")
-def adapter_folder(checkpoint, tmp_path_factory):
+def make_adapter(checkpoint, folder):
     """A saved adapter whose experts all differ."""
     lm = backbone.load(checkpoint)
-    tokenizer = Tokenizer(checkpoint, lm.cfg)
     adapter = randomise(CrossLoRA(lm.cfg, list(LANGUAGES), rank=4, alpha=8, dropout=0.1))
-    folder = tmp_path_factory.mktemp("adapter")
-    save_adapter(adapter, adapter.describe(checkpoint, lm.fingerprint(), tokenizer.format, tokenizer.sha256, 0, 1), folder)
+    tokenizer = Tokenizer(checkpoint, lm.cfg)
+    save_adapter(adapter, folder, made_for(lm, tokenizer, checkpoint), 1)
     return folder
 
 
+@pytest.fixture(scope="session")
+def adapter_folder(checkpoint, tmp_path_factory):
+    return make_adapter(checkpoint, tmp_path_factory.mktemp("adapter"))
+
+
+@pytest.fixture(scope="session")
+def eager_folder(tmp_path_factory):
+    """An adapter for a backbone that stops: random weights hardly ever say so, but a longer row of
+    that token makes some sentences end early."""
+    folder = make_checkpoint(tmp_path_factory.mktemp("eager"))
+    lm = backbone.load(folder)
+    lm.model.embed_tokens.weight[Tokenizer(folder, lm.cfg).stop_ids[0]] *= 3.0
+    save_backbone(lm, json.loads((folder / "config.json").read_text()), folder)
+    return make_adapter(folder, tmp_path_factory.mktemp("eager-adapter"))
+
+
 def translate_batch(engine, rows, max_new_tokens):
-    """[(text, "stop" | "length"), ...] of `rows`, all decoded together; see Engine.translate_each."""
-    done = {i: (text, finish) for i, text, finish in engine.translate_each(rows, max_new_tokens, max(1, len(rows)))}
+    """[(text, "stop" or "length"), ...] of `rows`, all decoded together."""
+    each = engine.translate_each(rows, max_new_tokens, max(1, len(rows)))
+    done = {i: (text, finish) for i, text, finish in each}
     return [done[i] for i in range(len(rows))]
 
 
+def naive(engine, row, max_new_tokens):
+    """One sentence by a plain engine, no batch, no cache, no padding: the whole prefix again for
+    every token."""
+    ids = engine.tokenizer.prompt(row["src_lang"], row["tgt_lang"], row["src"])
+    out = []
+    with torch.no_grad():
+        while len(out) < max_new_tokens:
+            lora = engine.adapter([row["src_lang"]], [row["tgt_lang"]])
+            hidden = engine.model(torch.tensor([ids + out]), lora)
+            token = int(engine.model.lm_head(hidden)[0, -1].argmax())
+            if token in engine.tokenizer.stop_ids:
+                return engine.tokenizer.decode(out), "stop"
+            out.append(token)
+    return engine.tokenizer.decode(out), "length"
+
+
 @pytest.fixture
-def engine(adapter_folder):
+def plain_engine(adapter_folder):
     return load_engine(None, adapter_folder, device="cpu")
+
+
+@pytest.fixture(params=["plain", "fast"] if FAST else ["plain"])
+def fast_or_none(request):
+    """fast/, then None: for tests that hold for both."""
+    return FAST if request.param == "fast" else None
+
+
+@pytest.fixture
+def engine(adapter_folder, fast_or_none):
+    """Plain, then by fast/."""
+    return load_engine(None, adapter_folder, device="cpu", fast=fast_or_none)
 
 
 @pytest.fixture(scope="session")
 def comet_folder(tmp_path_factory):
-    """A COMET checkpoint as unbabel-comet publishes them, around a tiny random XLM-R and its tokenizer."""
+    """A COMET checkpoint as unbabel-comet publishes them, around a tiny random XLM-R and its
+    tokenizer."""
     comet_models = pytest.importorskip("comet.models")
     import sentencepiece
     import yaml
     from transformers import XLMRobertaConfig, XLMRobertaModel, XLMRobertaTokenizer
 
     folder, stream = tmp_path_factory.mktemp("comet"), meanings(random.Random(0))
-    (folder / "text").write_text("\n".join([sentence(next(stream), lang) for _ in range(50) for lang in LANGUAGES]), encoding="utf-8")
-    sentencepiece.SentencePieceTrainer.train(input=str(folder / "text"), model_prefix=str(folder / "sp"), vocab_size=300,
-                                             hard_vocab_limit=False, minloglevel=2)
+    (folder / "text").write_text(
+        "\n".join([sentence(next(stream), lang) for _ in range(50) for lang in LANGUAGES]),
+        encoding="utf-8",
+    )
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "text"),
+        model_prefix=str(folder / "sp"),
+        vocab_size=300,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
     tokenizer = XLMRobertaTokenizer(vocab_file=str(folder / "sp.model"))
     tokenizer.save_pretrained(folder / "encoder")
     torch.manual_seed(0)
-    XLMRobertaModel(XLMRobertaConfig(vocab_size=len(tokenizer) + 5, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
-                                     intermediate_size=32, max_position_embeddings=514)).save_pretrained(folder / "encoder")
-    metric = comet_models.RegressionMetric(encoder_model="XLM-RoBERTa", pretrained_model=str(folder / "encoder"), layer="mix",
-                                           hidden_sizes=[8])
+    XLMRobertaModel(
+        XLMRobertaConfig(
+            vocab_size=len(tokenizer) + 5,
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=32,
+            max_position_embeddings=514,
+        )
+    ).save_pretrained(folder / "encoder")
+    metric = comet_models.RegressionMetric(
+        encoder_model="XLM-RoBERTa",
+        pretrained_model=str(folder / "encoder"),
+        layer="mix",
+        hidden_sizes=[8],
+    )
     (folder / "model/checkpoints").mkdir(parents=True)
-    state = {"state_dict": metric.state_dict(), "hyper_parameters": dict(metric.hparams), "pytorch-lightning_version": "2.0.0"}
+    state = {
+        "state_dict": metric.state_dict(),
+        "hyper_parameters": dict(metric.hparams),
+        "pytorch-lightning_version": "2.0.0",
+    }
     torch.save(state, folder / "model/checkpoints/model.ckpt")
-    (folder / "model/hparams.yaml").write_text(yaml.dump({**dict(metric.hparams), "class_identifier": "regression_metric"}))
+    (folder / "model/hparams.yaml").write_text(
+        yaml.dump({**dict(metric.hparams), "class_identifier": "regression_metric"})
+    )
     return folder / "model"
 
 
-def run(*command, check=True, env_add=(), **kwargs):
-    """A shipped command as a user types it, from the project's root, on one thread."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1", **dict(env_add)}
-    done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=600, **kwargs)
+def run(*command, check=True, env_add=(), cwd=ROOT, **kwargs):
+    """A shipped command as a user types it, on one thread."""
+    env = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
+    env = {**os.environ, **env, **dict(env_add)}
+    flags = [sys.executable, *map(str, command)]
+    done = subprocess.run(
+        flags, cwd=cwd, env=env, capture_output=True, text=True, timeout=600, **kwargs
+    )
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
 
@@ -185,8 +286,8 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
 
 def inside(*command):
-    """A script run as __main__ inside this process, which spares starting Python and importing torch each time.
-    Returns what it printed."""
+    """A script run as __main__ inside this process, which spares starting Python and importing
+    torch each time. Returns what it printed."""
     printed = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
         patch.setattr(sys, "argv", list(map(str, command)))
@@ -200,7 +301,7 @@ def refuses(*command, says):
     with contextlib.redirect_stderr(errors), pytest.raises(SystemExit) as stop:
         inside(*command)
     assert stop.value.code == 2, (stop.value.code, errors.getvalue())
-    lines = errors.getvalue().strip().splitlines()
+    lines = [line for line in errors.getvalue().strip().splitlines() if line != NO_FAST]
     assert len(lines) == 1, lines
     for part in says if isinstance(says, (list, tuple)) else [says]:
         assert str(part) in lines[0], lines[0]

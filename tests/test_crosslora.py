@@ -1,4 +1,5 @@
-"""Invariants 1, 2 and 4: the start is the backbone, a row is a plain LoRA of its two experts, the others are frozen."""
+"""Invariants 1, 2 and 4: the start is the backbone, a row is a plain LoRA of its two experts, the
+others are frozen."""
 
 import copy
 import json
@@ -6,13 +7,14 @@ import shutil
 
 import pytest
 import torch
+from conftest import ROOT, made_for, make_checkpoint, randomise, refuses
 from safetensors.torch import load_file, save_file
 
 import model as backbone
-from conftest import ROOT, make_checkpoint, randomise, refuses, update_alone
-from crosslora import TARGET_MODULES, CrossLoRA, export_peft, load_adapter, save_adapter
-from data import LANGUAGES
-from files import UserError
+from crosslora import TARGET_MODULES, CrossLoRA, load_adapter, save_adapter
+from data import LANGUAGES, Tokenizer
+from support.export import export_peft
+from support.runs import UserError
 
 SRC, TGT = ["de", "en", "zh", "de"], ["zh", "is", "en", "is"]
 
@@ -31,15 +33,23 @@ def tokens(lm):
 def test_fresh_adapter_is_the_backbone_bit_for_bit(lm, tokens):
     fresh = CrossLoRA(lm.cfg, list(LANGUAGES))
     with torch.no_grad():
-        assert torch.equal(lm.head(lm(tokens, fresh(SRC, TGT, dropout=True))), lm.head(lm(tokens)))
+        assert torch.equal(
+            lm.lm_head(lm(tokens, fresh(SRC, TGT, dropout=True))), lm.lm_head(lm(tokens))
+        )
 
 
 def merged(lm, adapter, src_lang, tgt_lang):
-    """Naive oracle: the backbone's own weights plus alpha / r * B_tgt A_src (eqs. 1 and 4), no adapter code."""
+    """Naive oracle: the backbone's own weights plus alpha / r * B_tgt A_src (eqs. 1 and 4), no
+    adapter code."""
     lm = copy.deepcopy(lm)
     for layer, banks in zip(lm.model.layers, adapter.layers):
         for name in TARGET_MODULES:
-            update = banks[name].lora_B[tgt_lang] @ banks[name].lora_A[src_lang] * adapter.alpha / adapter.rank
+            update = (
+                banks[name].lora_B[tgt_lang]
+                @ banks[name].lora_A[src_lang]
+                * adapter.alpha
+                / adapter.rank
+            )
             weight = getattr(layer.mlp, name).weight
             weight.data.copy_(weight + update)
     return lm
@@ -52,7 +62,8 @@ def test_each_row_of_a_mixed_batch_is_its_own_merged_model(lm, adapter, tokens):
             alone = merged(lm, adapter, s, t)(tokens[row : row + 1])[0]
             assert torch.allclose(mixed[row], alone, atol=1e-4), (s, t)
         swapped = merged(lm, adapter, TGT[0], SRC[0])(tokens[:1])[0]
-        assert not torch.allclose(mixed[0], swapped, atol=1e-2)  # A is the source's and B the target's, not the reverse
+        # A is the source's and B the target's, not the reverse
+        assert not torch.allclose(mixed[0], swapped, atol=1e-2)
 
 
 def test_gradients_equal_a_loop_over_rows(lm, adapter, tokens):
@@ -60,7 +71,9 @@ def test_gradients_equal_a_loop_over_rows(lm, adapter, tokens):
     got = {name: p.grad.clone() for name, p in adapter.named_parameters() if p.grad is not None}
     adapter.zero_grad(set_to_none=True)
     for row in range(4):
-        lm(tokens[row : row + 1], adapter(SRC[row : row + 1], TGT[row : row + 1])).pow(2).sum().backward()
+        lm(tokens[row : row + 1], adapter(SRC[row : row + 1], TGT[row : row + 1])).pow(
+            2
+        ).sum().backward()
     expected = {name: p.grad for name, p in adapter.named_parameters() if p.grad is not None}
     assert got.keys() == expected.keys()
     for name in got:
@@ -79,66 +92,82 @@ def test_unused_experts_come_out_of_a_step_as_they_went_in(lm, adapter, tokens):
     for start in (0, 2):  # first every expert takes part, so that all have moments
         step((everyone * 2)[start : start + 4], (everyone * 2)[start + 1 : start + 5])
     before = {n: p.detach().clone() for n, p in adapter.named_parameters()}
-    moments = {n: {k: v.clone() for k, v in optimizer.state[p].items()} for n, p in adapter.named_parameters()}
+    moments = {
+        n: {k: v.clone() for k, v in optimizer.state[p].items()}
+        for n, p in adapter.named_parameters()
+    }
     step(["de"] * 4, ["zh", "en", "zh", "en"])
     for name, p in adapter.named_parameters():
         side, expert = name.split(".")[-2:]
         used = expert == "de" if side == "lora_A" else expert in ("zh", "en")
         assert torch.equal(p, before[name]) != used, name
-        assert all(torch.equal(v, moments[name][k]) for k, v in optimizer.state[p].items()) != used, name
+        assert (
+            all(torch.equal(v, moments[name][k]) for k, v in optimizer.state[p].items()) != used
+        ), name
 
 
 def test_dropout_follows_its_argument(lm, adapter, tokens):
     with torch.no_grad():
         assert torch.equal(lm(tokens, adapter(SRC, TGT)), lm(tokens, adapter(SRC, TGT)))
-        assert not torch.equal(lm(tokens, adapter(SRC, TGT, dropout=True)), lm(tokens, adapter(SRC, TGT, dropout=True)))
+        assert not torch.equal(
+            lm(tokens, adapter(SRC, TGT, dropout=True)), lm(tokens, adapter(SRC, TGT, dropout=True))
+        )
 
 
 def test_parameter_count_of_the_paper():
     """Llama-3-8B: 6 experts, 169,869,312 parameters (computed from the shapes)."""
-    cfg = backbone.Config("llama", 128256, 4096, 14336, 32, 32, 8, 128, 1e-5, 5e5, None, False, 8192, None, ())
+    cfg = backbone.Config(
+        "llama", 128256, 4096, 14336, 32, 32, 8, 128, 1e-5, 5e5, None, False, 8192, None, ()
+    )
     with torch.device("meta"):
         assert sum(p.numel() for p in CrossLoRA(cfg, list(LANGUAGES)).parameters()) == 169_869_312
 
 
-def test_save_and_load(lm, adapter, tokens, tmp_path):
-    save_adapter(adapter, adapter.describe("b", lm.fingerprint(), "llama3", "t", 7, 11), tmp_path)
-    again, description = load_adapter(tmp_path, lm.cfg, lm.fingerprint(), "t")
-    assert (description["seed"], description["steps"], description["languages"]) == (7, 11, list(LANGUAGES))
+def test_save_and_load(lm, tokenizer, adapter, tokens, tmp_path):
+    here = made_for(lm, tokenizer, seed=7)
+    save_adapter(adapter, tmp_path, here, 11)
+    again, description = load_adapter(tmp_path, lm.cfg, here)
+    assert (description["seed"], description["steps"]) == (7, 11)
+    assert description["languages"] == list(LANGUAGES)
+    assert description["prompt"].endswith("<|start_header_id|>assistant<|end_header_id|>\n\n")
     assert torch.equal(lm(tokens, adapter(SRC, TGT)), lm(tokens, again(SRC, TGT)))
 
 
-def test_loading_is_strict(lm, adapter_folder, tmp_path):
+def test_loading_is_strict(lm, tokenizer, checkpoint, adapter_folder, tmp_path):
+    here = made_for(lm, tokenizer)
     other = backbone.load(make_checkpoint(tmp_path / "other", seed=1))
     with pytest.raises(UserError, match="made for another backbone"):
-        load_adapter(adapter_folder, other.cfg, other.fingerprint())
+        load_adapter(adapter_folder, other.cfg, made_for(other, tokenizer))
     with pytest.raises(UserError, match="another tokenizer"):
-        load_adapter(adapter_folder, lm.cfg, lm.fingerprint(), "another hash")
+        load_adapter(adapter_folder, lm.cfg, {**here, "tokenizer_sha256": "another"})
+    plain = Tokenizer(checkpoint, lm.cfg, "plain")
+    with pytest.raises(UserError, match=r"trained with another prompt, .*eot_id.* here it would"):
+        load_adapter(adapter_folder, lm.cfg, made_for(lm, plain))
     with pytest.raises(UserError, match="no adapter.json"):
-        load_adapter(tmp_path, lm.cfg, lm.fingerprint())
+        load_adapter(tmp_path, lm.cfg, here)
     changed = tmp_path / "changed"
     shutil.copytree(adapter_folder, changed)
     description = json.loads((changed / "adapter.json").read_text())
     (changed / "adapter.json").write_text(json.dumps({**description, "languages": ["en", "de"]}))
-    with pytest.raises(UserError, match="lora_A.is is not in this adapter"):
-        load_adapter(changed, lm.cfg, lm.fingerprint())
+    with pytest.raises(UserError, match="lora_A.is is not expected"):
+        load_adapter(changed, lm.cfg, here)
     (changed / "adapter.json").write_text(json.dumps({**description, "rank": 8}))
-    with pytest.raises(UserError, match=r"is \(4, 96\), not \(8, 96\)"):
-        load_adapter(changed, lm.cfg, lm.fingerprint())
+    with pytest.raises(UserError, match=r"is \(4, 32\), not \(8, 32\)"):
+        load_adapter(changed, lm.cfg, here)
 
 
-def test_peft_agrees_after_export(lm, checkpoint, adapter_folder, tokens, tmp_path):
+def test_peft_agrees_after_export(lm, tokenizer, checkpoint, adapter_folder, tokens, tmp_path):
     peft = pytest.importorskip("peft", reason="peft is not installed")
     from transformers import AutoModelForCausalLM
 
-    adapter, _ = load_adapter(adapter_folder, lm.cfg, lm.fingerprint())
+    adapter, _ = load_adapter(adapter_folder, lm.cfg, made_for(lm, tokenizer))
     export_peft(adapter_folder, "de", "zh", tmp_path)
     base = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     theirs = peft.PeftModel.from_pretrained(base, tmp_path).eval()
     with torch.no_grad():
-        ours = lm.head(lm(tokens, adapter(["de"] * 4, ["zh"] * 4)))
+        ours = lm.lm_head(lm(tokens, adapter(["de"] * 4, ["zh"] * 4)))
         assert (theirs(tokens).logits - ours).abs().max() <= 1e-4
-        assert (ours - lm.head(lm(tokens))).abs().max() > 1e-2
+        assert (ours - lm.lm_head(lm(tokens))).abs().max() > 1e-2
 
 
 def test_low_rank_update_is_eq_4(lm, adapter):
@@ -152,15 +181,21 @@ def test_low_rank_update_is_eq_4(lm, adapter):
                 for j in LANGUAGES:
                     gate = float(i == s and j == t)  # eq. 5
                     total += gate * bank.lora_B[j] @ (bank.lora_A[i] @ x[row, token]) * 2
-            assert torch.allclose(update_alone(update, x, lm.cfg.intermediate_size)[row, token], total, atol=1e-5)
+            assert torch.allclose(update(x)[row, token], total, atol=1e-5)
 
 
-def test_export_command_refuses_unknown_languages(adapter_folder, tmp_path):
-    refuses(ROOT / "crosslora.py", "--adapter", adapter_folder, "--src", "xx", "--tgt", "de", "--peft", tmp_path, says="no expert for 'xx'")
-    refuses(ROOT / "crosslora.py", "--adapter", adapter_folder, "--src", "en", "--tgt", "de", "--peft", ROOT / "README.md/x",
-            says="README.md/x: Not a directory")
-    refuses(ROOT / "crosslora.py", "--adapter", adapter_folder, "--src", "de", "--tgt", "de", "--peft", tmp_path, says="both de")
-    refuses(ROOT / "crosslora.py", "--adapter", tmp_path, "--src", "en", "--tgt", "de", "--peft", tmp_path, says="no adapter.json")
+def test_export_command_refuses(adapter_folder, tmp_path):
+    def export(adapter, src_lang, out):
+        command = ROOT / "support/export.py", "--adapter", adapter, "--src", src_lang
+        return *command, "--tgt", "de", "--out", out
+
+    refuses(*export(adapter_folder, "xx", tmp_path), says="no expert for 'xx'")
+    is_file = ROOT / "README.md/x"
+    refuses(*export(adapter_folder, "en", is_file), says="README.md/x: Not a directory")
+    refuses(*export(adapter_folder, "de", tmp_path), says="both de")
+    refuses(*export(tmp_path, "en", tmp_path), says="no adapter.json")
+    (tmp_path / "mine").write_text("")
+    refuses(*export(adapter_folder, "en", tmp_path), says="choose another --out")
 
 
 def test_an_adapter_that_lacks_an_expert_is_not_exported(adapter_folder, tmp_path):
@@ -168,9 +203,16 @@ def test_an_adapter_that_lacks_an_expert_is_not_exported(adapter_folder, tmp_pat
     for lacks in ("layers.1.up_proj.lora_B.zh", "lora_A.de", "layers"):
         folder = tmp_path / lacks
         shutil.copytree(adapter_folder, folder)
-        some = {name: x for name, x in load_file(folder / "adapter.safetensors").items() if lacks not in name}
+        some = {
+            name: x
+            for name, x in load_file(folder / "adapter.safetensors").items()
+            if lacks not in name
+        }
         save_file(some or {"x": torch.ones(1)}, folder / "adapter.safetensors")
-        with pytest.raises(UserError, match="lacks A's of de or B's of zh" if some else "holds x, which is no expert"):
+        with pytest.raises(
+            UserError,
+            match="lacks A's of de or B's of zh" if some else "holds x, which is no expert",
+        ):
             export_peft(folder, "de", "zh", tmp_path / "out")
         assert not (tmp_path / "out").exists()
 
@@ -181,7 +223,10 @@ def test_export_of_a_hub_backbone_names_repository_and_commit(adapter_folder, tm
     shutil.copytree(adapter_folder, hub)
     description = json.loads((hub / "adapter.json").read_text())
     (hub / "adapter.json").write_text(json.dumps({**description, "backbone": "owner/name@0123abc"}))
-    for folder, expected in ((hub, ("owner/name", "0123abc")), (adapter_folder, (description["backbone"], None))):
+    for folder, expected in (
+        (hub, ("owner/name", "0123abc")),
+        (adapter_folder, (description["backbone"], None)),
+    ):
         out = tmp_path / f"out-{expected[1]}"
         export_peft(folder, "de", "zh", out)
         config = json.loads((out / "adapter_config.json").read_text())

@@ -6,16 +6,26 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import ROOT, inside, make_checkpoint, read_rows, refuses, run
 
 import model as backbone
-from conftest import ROOT, inside, make_checkpoint, read_rows, refuses, run
-from corpora import read_aligned
-from data import FORMATS, LANGUAGES, Tokenizer, all_directions, concatenate, encode, epoch_order, prepare, read_jsonl
-from files import UserError, claim, read_lines, run_main
-from scores import language_identifier
+from data import (
+    IGNORE,
+    LANGUAGES,
+    Tokenizer,
+    all_directions,
+    collate,
+    encode,
+    epoch_order,
+    prepare,
+)
+from support.corpora import NOISE, read_aligned, read_jsonl
+from support.runs import UserError, check_claim, claim, read_lines, run_main
+from support.scores import language_identifier
 
 CONTROL = "<|eot_id|> <|begin_of_text|> <|im_end|> <|start_header_id|>assistant</s>"
 
@@ -28,59 +38,18 @@ def test_control_tokens_in_text_stay_text(tokenizer):
     assert tokenizer.decode(tokenizer.ids(CONTROL)) == CONTROL
 
 
-@pytest.mark.parametrize("name", ["llama3", "qwen2.5"])
-def test_chat_format_equals_the_published_template(name, shared):
-    transformers = pytest.importorskip("transformers")
-    folder = shared / "tokenizers" / name
-    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
-    if (folder / "chat_template.jinja").exists():
-        template, bos = (folder / "chat_template.jinja").read_text(), None
-    else:
-        settings = json.loads((folder / "tokenizer_config.json").read_text())
-        template, bos = settings["chat_template"], settings["bos_token"]
-    ours = Tokenizer(folder, backbone.Config.load(folder))
-    devtest = shared / "data/flores200_dataset/devtest"
-    lines = [line for lang in LANGUAGES for line in read_lines(devtest / f"{LANGUAGES[lang].flores}.devtest")[:60]]
-    for line in lines:
-        message = [{"role": "user", "content": f"Translate the following German sentences into Chinese: {line}"}]
-        kwargs = {"bos_token": bos} if bos else {}
-        text = theirs.apply_chat_template(message, chat_template=template, tokenize=False, add_generation_prompt=True, **kwargs)
-        assert ours.prompt("de", "zh", line) == theirs.encode(text, add_special_tokens=False)
-        assert ours.decode(ours.ids(line)) == line.strip()
-    for lang in LANGUAGES:  # a thousand whole lines a language
-        whole = read_lines(shared / "data/flores200_dataset/devtest" / f"{LANGUAGES[lang].flores}.devtest")
-        assert [ours.ids(line) for line in whole] == theirs(whole, add_special_tokens=False)["input_ids"]
-    end = {"llama3": "<|eot_id|>", "qwen2.5": "<|im_end|>"}[name]
-    assert ours.stop_ids[0] == theirs.convert_tokens_to_ids(end)
-    hostile = ours.prompt("de", "zh", f"a{end}b<tool_call>")
-    assert Counter(hostile)[ours.stop_ids[0]] == Counter(ours.prompt("de", "zh", "ab"))[ours.stop_ids[0]]
-    assert ours.control.get("<tool_call>", -1) not in hostile
-
-
-def test_plain_format_and_its_end(checkpoint, lm):
-    plain = Tokenizer(checkpoint, lm.cfg, "plain")
-    prompt = plain.prompt("is", "cs", " Halló. ")
-    assert prompt[0] == lm.cfg.bos_token_id and plain.stop_ids == lm.cfg.eos_token_ids
-    assert plain.decode(prompt[1:]) == "Translate the following Icelandic sentences into Czech: Halló."
-
-
 def test_labels_are_the_target_and_its_end_only(tokenizer, sentences):
     examples, _ = encode(tokenizer, sentences)
-    for copies in (1, 2):
-        (tokens,), labels, at, lengths = concatenate(examples[:8], copies)
-        assert lengths == [len(e.ids) - 1 for e in examples[:8] for _ in range(copies)] and sum(lengths) == len(tokens)
-        starts = [sum(lengths[:row]) for row in range(len(lengths))]
-        for example, pair in zip(examples[:8], sentences):
-            count = len(example.ids) - example.prompt_length
-            trained, labels, places, at = labels[:count].tolist(), labels[count:], at[:count], at[count:]
-            assert trained[-1] == tokenizer.stop_ids[0]  # the model learns to stop
-            assert tokenizer.decode(trained[:-1]) == pair["tgt"]
-            for copy in range(copies):
-                start = starts.pop(0)
-                end = start + len(example.ids) - 1
-                assert tokens[start:end].tolist() == example.ids[:-1].tolist()
-                assert places[:, copy].tolist() == list(range(start + example.prompt_length - 1, end))  # each before its label
-        assert not len(labels) and not len(at) and not starts
+    tokens, labels = collate(examples[:8])
+    assert tokens.shape == labels.shape == (8, max(len(e.ids) for e in examples[:8]) - 1)
+    for row, (example, pair) in enumerate(zip(examples, sentences[:8])):
+        length, start = len(example.ids) - 1, example.prompt_length - 1
+        assert tokens[row, :length].tolist() == example.ids[:-1].tolist()
+        assert labels[row, start:length].tolist() == example.ids[start + 1 :].tolist()
+        assert (labels[row, :start] == IGNORE).all() and (labels[row, length:] == IGNORE).all()
+        trained = labels[row][labels[row] != IGNORE].tolist()
+        assert trained[-1] == tokenizer.stop_ids[0]  # the model learns to stop
+        assert tokenizer.decode(trained[:-1]) == pair["tgt"]
 
 
 def test_pairs_over_the_maximum_length_are_dropped_and_counted(tokenizer, sentences):
@@ -96,7 +65,7 @@ def test_order_is_a_function_of_seed_and_epoch():
     assert sorted(epoch_order(100, 1, 3)) == list(range(100))
 
 
-def test_tokenizer_of_another_checkpoint_is_refused(checkpoint, tmp_path):
+def test_tokenizer_of_another_checkpoint_is_refused(tmp_path):
     other = make_checkpoint(tmp_path / "small")
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({**config, "vocab_size": 500}))
@@ -105,32 +74,32 @@ def test_tokenizer_of_another_checkpoint_is_refused(checkpoint, tmp_path):
     (other / "config.json").write_text(json.dumps({**config, "eos_token_id": 3}))
     with pytest.raises(UserError, match="eos_token_id 3 is no control token"):
         Tokenizer(other, backbone.Config.load(other))
-    with pytest.raises(UserError, match="chatml"):
-        Tokenizer(checkpoint, backbone.Config.load(checkpoint), "chatml")
-    assert set(FORMATS) == {"llama3", "chatml", "plain"}
 
 
 GOOD = {"src_lang": "de", "tgt_lang": "zh", "src": "Hund", "tgt": "狗", "origin": "x", "extra": 1}
 
 
-@pytest.mark.parametrize("line, says", [
-    ('{"src_lang": "de", "tgt_lang"', "not a JSON object"),
-    ("[1]", "not a JSON object but list"),
-    (json.dumps({**GOOD, "tgt_lang": "fr"}), "unknown language 'fr'"),
-    (json.dumps({**GOOD, "src": "   "}), "'src' is empty"),
-    (json.dumps({k: v for k, v in GOOD.items() if k != "tgt"}), "no text under 'tgt'"),
-    (json.dumps({**GOOD, "src_lang": "zh"}), "both 'zh'"),
-    ("", "an empty line"),
-    (json.dumps({**GOOD, "src": "\ud800"}), "surrogates not allowed"),
-])
+@pytest.mark.parametrize(
+    "line, says",
+    [
+        ('{"src_lang": "de", "tgt_lang"', "not a JSON object"),
+        ("[1]", "not a JSON object but list"),
+        (json.dumps({**GOOD, "tgt_lang": "fr"}), "unknown language 'fr'"),
+        (json.dumps({**GOOD, "src": "   "}), "'src' is empty"),
+        (json.dumps({k: v for k, v in GOOD.items() if k != "tgt"}), "no text under 'tgt'"),
+        (json.dumps({**GOOD, "src_lang": "zh"}), "both 'zh'"),
+        ("", "an empty line"),
+        (json.dumps({**GOOD, "src": "\ud800"}), "surrogates not allowed"),
+    ],
+)
 def test_bad_lines_are_named(line, says, tmp_path):
     path = tmp_path / "pairs.jsonl"
     path.write_text(json.dumps(GOOD) + "\n" + line + "\n")
     with pytest.raises(UserError) as error:
-        read_jsonl(path)
+        read_jsonl(path, LANGUAGES)
     assert str(error.value).startswith(f"{path}:2: ") and says in str(error.value)
     path.write_text(json.dumps(GOOD) + "\n")
-    assert read_jsonl(path) == [GOOD]  # unknown keys are kept
+    assert read_jsonl(path, LANGUAGES) == [GOOD]  # unknown keys are kept
 
 
 def test_lines_end_at_newlines_only(tmp_path):
@@ -150,45 +119,65 @@ def test_misaligned_files_are_named(tmp_path):
 
 
 def corpora(root, train=60, dev=8, test=9, flores=(7, 6)):
-    """Synthetic corpora in the published layouts, with noise: empty sides, repeats, a dev pair in train."""
+    """Synthetic corpora in the published layouts, with noise: empty sides, repeats, a dev pair in
+    train."""
     for lang in list(LANGUAGES)[1:]:
         pair = "-".join(sorted(("en", lang)))
         folder = root / "opus-100-corpus/v1.0/supervised" / pair
         folder.mkdir(parents=True)
         for split, count in (("train", train), ("dev", dev), ("test", test)):
-            lines = {code: [f"{code} {split} {pair} {i}" for i in range(count)] for code in ("en", lang)}
+            en = [f"en {split} {pair} {i}" for i in range(count)]
+            x = [f"{lang} {split} {pair} {i}" for i in range(count)]
             if split == "train":
-                lines["en"] += ["", lines["en"][0], f"en dev {pair} 0", "fresh", *(f"other English {i}" for i in range(train))]
-                lines[lang] += ["x", lines[lang][0], "other", f"{lang} devtest 0", *lines[lang][:train]]  # each x once more
-            for code in ("en", lang):
-                (folder / f"opus.{pair}-{split}.{code}").write_text("\n".join(lines[code]) + "\n")
+                en += ["", en[0], f"en dev {pair} 0", "fresh"]
+                x += ["x", x[0], "other", f"{lang} devtest 0"]
+                en += [f"other English {i}" for i in range(train)]
+                x += x[:train]  # each once more
+            (folder / f"opus.{pair}-{split}.en").write_text("\n".join(en) + "\n")
+            (folder / f"opus.{pair}-{split}.{lang}").write_text("\n".join(x) + "\n")
     for split, count in zip(("dev", "devtest"), flores):
         folder = root / "flores200_dataset" / split
         folder.mkdir(parents=True)
         for code, language in LANGUAGES.items():
-            (folder / f"{language.flores}.{split}").write_text("".join(f"{code} {split} {i}\n" for i in range(count)))
+            lines = "".join(f"{code} {split} {i}\n" for i in range(count))
+            (folder / f"{language.flores}.{split}").write_text(lines)
     return root
 
 
+def sizes(train=20000, dev=2000, test=2000, pivot=100000, seed=0):
+    """What prepare reads of data.py's arguments."""
+    pairs = {"train_pairs": train, "dev_pairs": dev, "test_pairs": test, "pivot_pairs": pivot}
+    return SimpleNamespace(**pairs, drop=list(NOISE), max_ratio=5.0, seed=seed)
+
+
+def directions(rows):
+    return Counter((row["src_lang"], row["tgt_lang"]) for row in rows)
+
+
 def test_sampling_counts_and_disjointness(tmp_path):
-    """Table 5 in small: train = sampled + FLORES dev a direction, the pivot's source disjoint from Stage 1."""
-    files, report = prepare(corpora(tmp_path), list(LANGUAGES), 20, 5, 8, seed=0)
-    by = {name: Counter((r["src_lang"], r["tgt_lang"]) for r in rows) for name, rows in files.items()}
-    english = [d for d in all_directions(list(LANGUAGES)) if "en" in d]
-    others = [d for d in all_directions(list(LANGUAGES)) if "en" not in d]
+    """Table 5 in small: train = sampled + FLORES dev per direction, the pivot's source disjoint
+    from Stage 1."""
+    languages = list(LANGUAGES)
+    files, report = prepare(corpora(tmp_path), languages, sizes(20, 5, 8))
+    by = {name: directions(rows) for name, rows in files.items()}
+    english = [d for d in all_directions(languages) if "en" in d]
+    others = [d for d in all_directions(languages) if "en" not in d]
     assert len(english) == 10 and len(others) == 20
     assert by["stage1.train"] == dict.fromkeys(english, 20 + 7)
     assert by["stage1.dev"] == dict.fromkeys(english, 5)
     assert by["test"] == {**dict.fromkeys(english, 8), **dict.fromkeys(others, 6)}
     assert by["stage2.flores"] == dict.fromkeys(others, 7)
-    assert set(report["de"].items()) >= {("empty", 1), ("duplicate", 1), ("in_dev_or_test", 2), ("stage1", 20)}
-    trained = {r["src"] for r in files["stage1.train"]} | {r["tgt"] for r in files["stage1.train"]}
-    assert not trained & {r["src"] for r in files["pivot.source"]}
-    held = {r[side] for name in ("stage1.dev", "test") for r in files[name] for side in ("src", "tgt")}
-    assert not held & (trained | {r["src"] for r in files["pivot.source"]})
+    expected = {"empty": 1, "duplicate": 1, "in_dev_or_test": 2, "stage1": 20}
+    assert {key: report["de"][key] for key in expected} == expected
+    trained = {row[side] for row in files["stage1.train"] for side in ("src", "tgt")}
+    source = {row["src"] for row in files["pivot.source"]}
+    assert not trained & source
+    for name in ("stage1.dev", "test"):
+        held_out = {row[side] for row in files[name] for side in ("src", "tgt")}
+        assert not held_out & (trained | source)
     assert files["pivot.source"][0]["tgt_lang"] == "en"
-    again, _ = prepare(tmp_path, list(LANGUAGES), 20, 5, 8, seed=0)
-    assert again == files and prepare(tmp_path, list(LANGUAGES), 20, 5, 8, seed=1)[0] != files
+    assert prepare(tmp_path, languages, sizes(20, 5, 8))[0] == files
+    assert prepare(tmp_path, languages, sizes(20, 5, 8, seed=1))[0] != files
 
 
 def test_command_writes_once_and_guards_its_folder(tmp_path):
@@ -196,18 +185,25 @@ def test_command_writes_once_and_guards_its_folder(tmp_path):
     command = (ROOT / "data.py", "--data", root, "--out", out, "--train-pairs", 20)
     run(*command)
     before = {p.name: p.read_bytes() for p in out.iterdir()}
-    assert len(read_rows(out / "stage1.train.jsonl")) == json.loads(before["manifest.json"])["files"]["stage1.train.jsonl"]["pairs"]
+    manifest = json.loads(before["manifest.json"])
+    pairs = manifest["files"]["stage1.train.jsonl"]["pairs"]
+    assert len(read_rows(out / "stage1.train.jsonl")) == pairs
     assert "prepared already" in inside(*command)
     refuses(*command, "--seed", 5, says=["seed was 0, now 5"])
     assert before == {p.name: p.read_bytes() for p in out.iterdir()}
-    refuses(ROOT / "data.py", "--data", tmp_path / "nowhere", "--out", tmp_path / "o", says="no such file")
-    refuses(ROOT / "data.py", "--data", tmp_path, "--out", tmp_path / "o", says="as published")
-    refuses(ROOT / "data.py", "--data", root, "--out", tmp_path / "o", "--languages", "en,xx", says="unknown language 'xx'")
-    refuses(ROOT / "data.py", "--data", root, "--out", tmp_path / "o", "--languages", "en", says="at least two")
-    refuses(ROOT / "data.py", "--data", root, "--out", tmp_path / "o", "--train-pairs", -5, says="must be at least 0")
-    refuses(ROOT / "data.py", "--data", root, "--out", tmp_path / "o", "--max-ratio", "nan", says="--max-ratio nan: must be at least 1")
+
+    def bad(*flags, says, data=root):
+        refuses(ROOT / "data.py", "--data", data, "--out", tmp_path / "o", *flags, says=says)
+
+    bad(data=tmp_path / "nowhere", says="no such file")
+    bad(data=tmp_path, says="as published")
+    bad("--languages", "en,xx", says="unknown language 'xx'")
+    bad("--languages", "en", says="at least two")
+    bad("--train-pairs", -5, says="must be at least 0")
+    bad("--max-ratio", "nan", says="--max-ratio nan: must be at least 1")
+    bad("--drop", "typos", says="--drop typos: takes duplicate, identical, length_ratio, or none")
     (root / "flores200_dataset/dev/deu_Latn.dev").unlink()
-    refuses(ROOT / "data.py", "--data", root, "--out", tmp_path / "o", says="deu_Latn.dev")
+    bad(says="deu_Latn.dev")
     assert not (tmp_path / "o").exists()
 
 
@@ -222,7 +218,7 @@ def test_one_process_at_a_time(tmp_path):
 def test_claim_leaves_strangers_alone(tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UserError, match="is a file"):
-        claim(tmp_path / "file", {"a": 1}, write=False)
+        check_claim(tmp_path / "file", {"a": 1})
     (tmp_path / "file").unlink()
     claim(tmp_path / "run", {"lr": 1, "rank": 2, "seed": 0}).close()
     with pytest.raises(UserError, match="rank was 2, now 3"):
@@ -240,18 +236,23 @@ def test_what_the_system_refuses_is_one_line():
     """A full disk, a pipe that nobody reads any more, a folder that is none: at whatever moment."""
     closed = os.pipe()
     os.close(closed[0])
-    code = "import sys; from pathlib import Path; from files import run_main; run_main(lambda: {})"
-    for what, stdout, says in (("print('a' * 9)", open("/dev/full", "w"), "output: No space left on device"),
-                               ("print('a' * 9)", closed[1], "output: Broken pipe"),
-                               ("print('a' * 99999)", open("/dev/full", "w"), "output: No space left on device"),
-                               ("Path('files.py/x').mkdir()", subprocess.DEVNULL, "files.py/x: Not a directory")):
-        shown = subprocess.run([sys.executable, "-c", code.format(what)], stdout=stdout, stderr=subprocess.PIPE, text=True, cwd=ROOT)
-        assert shown.returncode == 2 and shown.stderr == f"-c: error: {says}\n", shown
+    code = "from pathlib import Path; from support.runs import run_main; run_main(lambda: {})"
+    with open("/dev/full", "w") as full:
+        for what, stdout, says in (
+            ("print('a' * 9)", full, "output: No space left on device"),
+            ("print('a' * 9)", closed[1], "output: Broken pipe"),
+            ("print('a' * 99999)", full, "output: No space left on device"),
+            ("Path('data.py/x').mkdir()", subprocess.DEVNULL, "data.py/x: Not a directory"),
+        ):
+            command, pipes = [sys.executable, "-c", code.format(what)], {"stderr": subprocess.PIPE}
+            shown = subprocess.run(command, stdout=stdout, **pipes, text=True, cwd=ROOT)
+            assert shown.returncode == 2 and shown.stderr == f"-c: error: {says}\n", shown
 
 
 def test_real_text_goes_through(shared, checkpoint, tokenizer):
-    """Long lines, odd quotes, NBSP, Icelandic and Chinese: every kept pair survives encoding and decoding."""
-    files, report = prepare(shared / "data", list(LANGUAGES), 2000, 200, 200, seed=0)
+    """Long lines, odd quotes, NBSP, Icelandic and Chinese: every kept pair survives encoding and
+    decoding."""
+    files, report = prepare(shared / "data", list(LANGUAGES), sizes(2000, 200, 200))
     assert all(count["stage1"] > 1000 for count in report.values())
     rows = files["stage1.train"][::37]
     examples, dropped = encode(tokenizer, rows, 100_000)
@@ -263,7 +264,9 @@ def test_real_text_goes_through(shared, checkpoint, tokenizer):
 def test_language_identifier_is_restricted(shared):
     identify = language_identifier(list(LANGUAGES))
     for code, language in LANGUAGES.items():
-        lines = read_lines(shared / "data/flores200_dataset/devtest" / f"{language.flores}.devtest")[:100]
+        lines = read_lines(
+            shared / "data/flores200_dataset/devtest" / f"{language.flores}.devtest"
+        )[:100]
         assert sum(identify(line) == code for line in lines) >= 97, code
     with pytest.raises(UserError, match="does not know xx"):
         language_identifier(["en", "xx"])
@@ -271,9 +274,10 @@ def test_language_identifier_is_restricted(shared):
 
 
 def test_an_error_of_one_rank_alone_is_said(monkeypatch, capsys):
-    """A machine's first rank at once; another only if torchrun, which ends all when one has failed, has left it five seconds."""
+    """A machine's first rank at once; another only if torchrun, which ends all when one has failed,
+    has left it five seconds."""
     waited = []
-    monkeypatch.setattr("files.time.sleep", waited.append)
+    monkeypatch.setattr("support.runs.time.sleep", waited.append)
 
     def main():
         raise UserError("no space left")
@@ -282,4 +286,8 @@ def test_an_error_of_one_rank_alone_is_said(monkeypatch, capsys):
         monkeypatch.setenv("LOCAL_RANK", rank)
         with pytest.raises(SystemExit) as stop:
             run_main(main)
-        assert stop.value.code == 2 and capsys.readouterr().err.endswith("error: no space left\n") and waited == before
+        assert (
+            stop.value.code == 2
+            and capsys.readouterr().err.endswith("error: no space left\n")
+            and waited == before
+        )

@@ -1,4 +1,5 @@
-"""The backbone against `transformers` on checkpoints that transformers itself saved, and its loader."""
+"""The backbone against `transformers` on checkpoints that transformers itself saved, and its
+loader."""
 
 import json
 import os
@@ -6,25 +7,52 @@ import shutil
 
 import pytest
 import torch
+from conftest import SHARED, run
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import model as backbone
-from attention import Rows
-from conftest import SHARED, run
-from files import UserError, resolve
+from support.runs import UserError, resolve
 
-SIZES = dict(vocab_size=300, hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4,
-             max_position_embeddings=512, bos_token_id=1, eos_token_id=2, initializer_range=0.1, attn_implementation="eager")
-LLAMA31 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64)
+SIZES = dict(
+    vocab_size=300,
+    hidden_size=64,
+    intermediate_size=160,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    max_position_embeddings=512,
+    bos_token_id=1,
+    eos_token_id=2,
+    initializer_range=0.1,
+    attn_implementation="eager",
+)
+LLAMA31 = dict(
+    rope_type="llama3",
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=64,
+)
 FORMS = {
     "llama-3": LlamaConfig(**SIZES, num_key_value_heads=2, rope_theta=500000.0, rms_norm_eps=1e-5),
-    "llama-3.1": LlamaConfig(**SIZES, num_key_value_heads=2, rope_theta=500000.0, rope_scaling=LLAMA31),
-    "llama-3.2": LlamaConfig(**SIZES, num_key_value_heads=2, rope_theta=500000.0, rope_scaling=LLAMA31, tie_word_embeddings=True,
-                             head_dim=32),
+    "llama-3.1": LlamaConfig(
+        **SIZES, num_key_value_heads=2, rope_theta=500000.0, rope_scaling=LLAMA31
+    ),
+    "llama-3.2": LlamaConfig(
+        **SIZES,
+        num_key_value_heads=2,
+        rope_theta=500000.0,
+        rope_scaling=LLAMA31,
+        tie_word_embeddings=True,
+        head_dim=32,
+    ),
     "llama-2": LlamaConfig(**SIZES, num_key_value_heads=4, rope_theta=10000.0),
-    "qwen2.5": Qwen2Config(**SIZES, num_key_value_heads=2, rope_theta=1000000.0, tie_word_embeddings=False),
-    "qwen2.5-tied": Qwen2Config(**SIZES, num_key_value_heads=2, rope_theta=1000000.0, tie_word_embeddings=True),
+    "qwen2.5": Qwen2Config(
+        **SIZES, num_key_value_heads=2, rope_theta=1000000.0, tie_word_embeddings=False
+    ),
+    "qwen2.5-tied": Qwen2Config(
+        **SIZES, num_key_value_heads=2, rope_theta=1000000.0, tie_word_embeddings=True
+    ),
 }
 
 
@@ -32,7 +60,8 @@ def peer(name, folder, **save):
     torch.manual_seed(0)
     config = FORMS[name]
     model = (Qwen2ForCausalLM if config.model_type == "qwen2" else LlamaForCausalLM)(config).eval()
-    for parameter_name, parameter in model.named_parameters():  # biases and norms start at 0 and 1: make them count
+    # biases and norms start at 0 and 1: make them count
+    for parameter_name, parameter in model.named_parameters():
         if parameter.dim() == 1:
             torch.nn.init.normal_(parameter, mean=float("norm" in parameter_name), std=0.2)
     model.save_pretrained(folder, **save)
@@ -47,59 +76,43 @@ def test_logits_equal_transformers(name, shards, tmp_path):
     torch.manual_seed(1)
     tokens = torch.randint(0, 300, (3, 150))
     with torch.no_grad():
-        assert (ours.head(ours(tokens)) - theirs(tokens).logits).abs().max() <= 1e-4
+        assert (ours.lm_head(ours(tokens)) - theirs(tokens).logits).abs().max() <= 1e-4
         # Rows of unequal length, padded on the right, against each row alone.
         for row, length in enumerate((150, 90, 7)):
             alone = theirs(tokens[row : row + 1, :length]).logits[0]
             padded = tokens.clone()
             padded[row, length:] = 0
-            assert (ours.head(ours(padded))[row, :length] - alone).abs().max() <= 1e-4
+            assert (ours.lm_head(ours(padded))[row, :length] - alone).abs().max() <= 1e-4
 
 
 def test_cache_equals_whole_pass(tmp_path):
+    """Prompts of unequal length, padded on the left and read in two pieces, then token by token."""
     peer("llama-3.1", tmp_path)
     lm = backbone.load(tmp_path)
     torch.manual_seed(1)
-    tokens, lengths = torch.randint(0, 300, (3, 40)), torch.tensor([20, 11, 3])
+    tokens, lengths = torch.randint(0, 300, (3, 40)), [20, 11, 3]
+    pads = torch.tensor([20 - length for length in lengths])
+    padded = torch.zeros(3, 40, dtype=torch.long)
+    for row, pad in enumerate(pads):
+        padded[row, pad:] = tokens[row, : 40 - pad]
     with torch.no_grad():
         whole = lm(tokens)
         cache = backbone.KVCache(lm.cfg, 3, 40, "cpu", torch.float32)
-        ends, cut = lengths.tolist(), [4, 1, 3]  # two of the prompts in two pieces, the second in other order than their places
-        for before, after, places in (([0, 0, 0], cut, [0, 1, 2]), (cut[:2][::-1], ends[:2][::-1], [1, 0])):
-            rows = Rows.of([b - a for a, b in zip(before, after)], "cpu", before, torch.tensor(places))
-            hidden = lm(torch.cat([tokens[place, a:b] for place, a, b in zip(places, before, after)])[None], None, rows, cache)
-            assert torch.allclose(hidden[0], torch.cat([whole[place, a:b] for place, a, b in zip(places, before, after)]), atol=1e-5)
-        for step in range(20):
-            at = lengths + step
-            rows = Rows([1] * 3, torch.arange(4, dtype=torch.int32), at[None])
-            hidden = lm(tokens[torch.arange(3), at][None], None, rows, cache)
-            assert torch.allclose(hidden[0], whole[torch.arange(3), at], atol=1e-5)
+        pieces = [(0, 18), (18, 20), *((slot, slot + 1) for slot in range(20, 40))]
+        hidden = torch.cat([lm(padded[:, a:b], None, cache, pads) for a, b in pieces], dim=1)
+    assert cache.length == 40 and hidden.isfinite().all()
+    for row, pad in enumerate(pads):
+        assert torch.allclose(hidden[row, pad:], whole[row, : 40 - pad], atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["llama-3.1", "qwen2.5"])
-def test_wanted_positions_are_those_of_the_whole_pass(tmp_path, kind):
-    """Values, and what their gradient does to every token before them; with a cache, what later tokens see too."""
-    peer(kind, tmp_path)
-    lm = backbone.load(tmp_path)
-    lm.model.embed_tokens.weight.requires_grad_()
-    torch.manual_seed(1)
-    tokens, wanted = torch.randint(0, 300, (3, 20)), torch.tensor([[19, 3], [7, 8], [0, 11]])
-    for at in (wanted, wanted[:, :1]):
-        weights = torch.randn(*at.shape, lm.cfg.hidden_size)
-        whole, some = lm(tokens)[torch.arange(3)[:, None], at], lm(tokens, wanted=at)
-        assert torch.allclose(some, whole, atol=1e-5)
-        expected, ours = (torch.autograd.grad((x * weights).sum(), lm.model.embed_tokens.weight)[0] for x in (whole, some))
-        assert torch.allclose(ours, expected, atol=1e-4) and expected.abs().max() > 0.1
+def test_cache_without_pads(lm):
+    """Rows of one length, token by token, with the default of `pads`."""
+    torch.manual_seed(2)
+    tokens = torch.randint(0, lm.cfg.vocab_size, (2, 9))
+    cache = backbone.KVCache(lm.cfg, 2, 9, "cpu", torch.float32)
     with torch.no_grad():
-        caches = [backbone.KVCache(lm.cfg, 3, 20, "cpu", torch.float32) for _ in range(2)]
-        for start, end in ((0, 12), (12, 20)):  # the second time with more slots than tokens
-            n = end - start
-            part, rows = tokens[:, start:end].reshape(1, -1), Rows.of([n] * 3, "cpu", [start] * 3, torch.arange(3))
-            for some in (wanted[:, :1] % n, wanted % n):
-                some = (some + n * torch.arange(3)[:, None]).view(1, -1)  # of all three rows' tokens
-                whole, last = (lm(part, None, rows, cache, w) for cache, w in zip(caches, (None, some)))
-                assert torch.allclose(last, whole[:, some[0]], atol=1e-5)
-        assert all(torch.equal(a, b) for a, b in zip(caches[0].k + caches[0].v, caches[1].k + caches[1].v))
+        steps = torch.cat([lm(tokens[:, t : t + 1], cache=cache) for t in range(9)], dim=1)
+        assert torch.allclose(steps, lm(tokens), atol=1e-5)
 
 
 def test_meta_construction_takes_no_memory_and_keeps_rope_real(checkpoint):
@@ -111,16 +124,47 @@ def test_meta_construction_takes_no_memory_and_keeps_rope_real(checkpoint):
 def test_names_of_published_checkpoints(form, shared):
     folder = shared / "tokenizers" / form
     published = set(json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"])
-    assert {name for name, _ in backbone.build(backbone.Config.load(folder)).named_parameters()} == published
+    assert {
+        name for name, _ in backbone.build(backbone.Config.load(folder)).named_parameters()
+    } == published
 
 
-PAPER = {  # the two backbones' published config.json, as far as shapes go, and their number of tensors
-    "llama3": (LlamaConfig, LlamaForCausalLM, 291, dict(
-        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
-        rope_theta=500000.0, rms_norm_eps=1e-5, max_position_embeddings=8192, tie_word_embeddings=False)),
-    "qwen2.5": (Qwen2Config, Qwen2ForCausalLM, 339, dict(
-        vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4,
-        rope_theta=1000000.0, rms_norm_eps=1e-6, max_position_embeddings=32768, tie_word_embeddings=False)),
+# the two backbones' published config.json, as far as shapes go, and their number of tensors
+PAPER = {
+    "llama3": (
+        LlamaConfig,
+        LlamaForCausalLM,
+        291,
+        dict(
+            vocab_size=128256,
+            hidden_size=4096,
+            intermediate_size=14336,
+            num_hidden_layers=32,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            rope_theta=500000.0,
+            rms_norm_eps=1e-5,
+            max_position_embeddings=8192,
+            tie_word_embeddings=False,
+        ),
+    ),
+    "qwen2.5": (
+        Qwen2Config,
+        Qwen2ForCausalLM,
+        339,
+        dict(
+            vocab_size=152064,
+            hidden_size=3584,
+            intermediate_size=18944,
+            num_hidden_layers=28,
+            num_attention_heads=28,
+            num_key_value_heads=4,
+            rope_theta=1000000.0,
+            rms_norm_eps=1e-6,
+            max_position_embeddings=32768,
+            tie_word_embeddings=False,
+        ),
+    ),
 }
 
 
@@ -130,8 +174,14 @@ def test_full_size_backbones_have_the_tensors_of_transformers(form, tmp_path):
     make_config, make_model, count, shapes = PAPER[form]
     make_config(**shapes).save_pretrained(tmp_path)
     with torch.device("meta"):
-        theirs = {name: tuple(t.shape) for name, t in make_model(make_config(**shapes)).state_dict().items()}
-    ours = {name: tuple(t.shape) for name, t in backbone.build(backbone.Config.load(tmp_path)).state_dict().items()}
+        theirs = {
+            name: tuple(t.shape)
+            for name, t in make_model(make_config(**shapes)).state_dict().items()
+        }
+    ours = {
+        name: tuple(t.shape)
+        for name, t in backbone.build(backbone.Config.load(tmp_path)).state_dict().items()
+    }
     assert ours == theirs and len(ours) == count
     published = SHARED / "tokenizers" / form / "config.json"
     if published.exists():
@@ -141,8 +191,10 @@ def test_full_size_backbones_have_the_tensors_of_transformers(form, tmp_path):
 
 LOAD = """
 import re, sys, torch, model
-read = lambda key: int(re.search(key + r":\\s+(\\d+)", open("/proc/self/status").read()).group(1)) * 1024
-model.build(model.Config.load(sys.argv[1]))  # what torch imports on its first use is not the loader's
+status = lambda: open("/proc/self/status").read()
+read = lambda key: int(re.search(key + r":\\s+(\\d+)", status()).group(1)) * 1024
+# what torch imports on its first use is not the loader's
+model.build(model.Config.load(sys.argv[1]))
 open("/proc/self/clear_refs", "w").write("5")  # the peak counts from here
 before = read("VmRSS")
 lm = model.load(sys.argv[1], dtype=getattr(torch, sys.argv[2]))
@@ -152,16 +204,26 @@ print(read("VmHWM") - before, sum(p.numel() * p.element_size() for p in lm.param
 """
 
 
-@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak of a process can only be reset on Linux")
+@pytest.mark.skipif(
+    not os.access("/proc/self/clear_refs", os.W_OK),
+    reason="the peak of a process can only be reset on Linux",
+)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_loading_takes_the_model_and_one_shard(dtype, tmp_path):
-    sizes = dict(vocab_size=8000, hidden_size=512, intermediate_size=2048, num_hidden_layers=14, num_attention_heads=8,
-                 num_key_value_heads=2)
+    sizes = dict(
+        vocab_size=8000,
+        hidden_size=512,
+        intermediate_size=2048,
+        num_hidden_layers=14,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+    )
     LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(tmp_path, max_shard_size="20MB")
     shards = [f.stat().st_size for f in tmp_path.glob("*.safetensors")]
     peak, weights = map(int, run("-c", LOAD, tmp_path, dtype).stdout.split())
     assert len(shards) > 8 and sum(shards) > 200e6
-    assert weights <= peak <= weights + max(shards) + 12e6, (peak, weights, max(shards))  # 12 MB: allocator, page tables
+    # 12 MB: allocator, page tables
+    assert weights <= peak <= weights + max(shards) + 12e6, (peak, weights, max(shards))
 
 
 def broken(tmp_path, checkpoint, change):
@@ -173,11 +235,20 @@ def broken(tmp_path, checkpoint, change):
     return folder
 
 
-@pytest.mark.parametrize("change, says", [
-    (lambda t: t.pop("model.layers.1.mlp.up_proj.weight"), "model.layers.1.mlp.up_proj.weight is missing"),
-    (lambda t: t.update(surplus=torch.ones(1)), "surplus is not in this architecture"),
-    (lambda t: t.update({"model.norm.weight": torch.ones(5)}), "model.norm.weight is (5,), config.json says (32,)"),
-])
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (
+            lambda t: t.pop("model.layers.1.mlp.up_proj.weight"),
+            "model.layers.1.mlp.up_proj.weight is missing",
+        ),
+        (lambda t: t.update(surplus=torch.ones(1)), "surplus is not expected"),
+        (
+            lambda t: t.update({"model.norm.weight": torch.ones(5)}),
+            "model.norm.weight is (5,), not (32,)",
+        ),
+    ],
+)
 def test_loading_is_strict(change, says, checkpoint, tmp_path):
     folder = broken(tmp_path, checkpoint, change)
     with pytest.raises(UserError) as error:
@@ -194,9 +265,16 @@ def test_cut_off_file(checkpoint, tmp_path):
         backbone.load(folder)
 
 
-@pytest.mark.parametrize("key, value", [("model_type", "gpt2"), ("hidden_act", "gelu"), ("mlp_bias", True),
-                                        ("rope_scaling", {"rope_type": "yarn", "factor": 4.0}),
-                                        ("rope_scaling", {"rope_type": "llama3", "factor": 4.0})])
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("model_type", "gpt2"),
+        ("hidden_act", "gelu"),
+        ("mlp_bias", True),
+        ("rope_scaling", {"rope_type": "yarn", "factor": 4.0}),
+        ("rope_scaling", {"rope_type": "llama3", "factor": 4.0}),
+    ],
+)
 def test_architectures_we_do_not_compute_are_refused(key, value, checkpoint, tmp_path):
     config = json.loads((checkpoint / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, key: value}))

@@ -1,97 +1,255 @@
-"""What README, Makefile and the size limits promise."""
+"""What README, Makefile, pages and the form of the code promise."""
 
+import ast
+import contextlib
+import io
 import json
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 
 import pytest
+from conftest import ROOT, run
 
 import train
-from conftest import ROOT
 
-METHOD = ["model.py", "crosslora.py", "data.py", "train.py", "generate.py", "evaluate.py", "pivot.py"]
-LOWER = {"files", "kernels", "attention", "devices", "corpora", "data", "model", "experts", "crosslora"}
-BELOW = {  # what each script may import
-    "files.py": set(), "kernels.py": set(), "attention.py": set(), "devices.py": {"files"}, "corpora.py": {"files"},
-    "data.py": {"files", "corpora"}, "model.py": {"files", "kernels", "attention"}, "experts.py": {"kernels"},
-    "crosslora.py": {"files", "experts"},
-    "generate.py": LOWER, "baselines.py": LOWER | {"generate"}, "plan.py": LOWER, "scores.py": LOWER, "tables.py": LOWER | {"scores"},
-    "train.py": LOWER | {"plan"}, "pivot.py": LOWER | {"generate", "baselines", "scores", "tables"},
-    "evaluate.py": LOWER | {"generate", "baselines", "scores", "tables"},
+SEVEN = ["model", "crosslora", "data", "train", "generate", "pivot", "evaluate"]
+HAS_FAST = (ROOT / "fast").is_dir()
+PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{n}.md" for n in ("paper", "choices", "checks"))]
+BELOW = {  # what each script may import beside support/
+    "model": set(),
+    "data": {"model"},
+    "crosslora": {"model"},
+    "generate": {"model", "crosslora", "data"},
+    "train": {"model", "crosslora", "data"},
+    "pivot": {"generate", "data"},
+    "evaluate": {"generate", "data"},
 }
 
 
-def test_size_is_a_feature():
-    lines = {name: len((ROOT / name).read_text().splitlines()) for name in METHOD}
-    assert sum(lines.values()) < 2000, lines
-    for path in ROOT.glob("*.py"):
-        text = path.read_text().splitlines()
-        assert len(text) <= 400 and max(map(len, text)) <= 140, path  # lines without end would make the first a game
+def tree_of(path):
+    return ast.parse((ROOT / path).read_text(encoding="utf-8"))
 
 
-def test_readme_points_at_the_lines_that_compute_the_equations():
-    rows = re.findall(r"\| eqs?\. ([\d, -]+)[^|]*\|[^|]*\|([^|]*)\|", (ROOT / "README.md").read_text())
-    found = [(numbers, *pointer) for numbers, where in rows for pointer in re.findall(r"`(\w+\.py):(\d+)`", where)]
-    assert len(found) >= 12
-    for numbers, name, line in found:
-        text = (ROOT / name).read_text().splitlines()[int(line) - 1]
-        assert re.search(rf"eqs?\. .*{numbers.strip()}\b", text), (numbers, name, line, text)
+def functions(path):
+    """Every function and method of a file."""
+    return [node for node in ast.walk(tree_of(path)) if isinstance(node, ast.FunctionDef)]
 
 
-def test_readme_shows_what_was_measured():
-    readme = (ROOT / "README.md").read_text()
-    printed = lambda script: subprocess.run([sys.executable, ROOT / "bench" / script], capture_output=True, text=True, check=True).stdout
-    assert printed("tables.py").count("|") > 50 and printed("tables.py") in readme
-    assert printed("projection.py").partition("\n")[2] in readme
-    assert f"about {json.loads((ROOT / 'bench/results/projection.json').read_text())['gpu_hours']['all']:.1f} GPU-hours" in readme
+def our_files():
+    """Every Python file but the tests."""
+    paths = list(ROOT.glob("*.py"))
+    for folder in ("fast", "support", "bench", "examples"):
+        paths += (ROOT / folder).rglob("*.py")
+    return [path.relative_to(ROOT) for path in paths]
 
 
-def test_defaults_are_the_papers(monkeypatch):
-    for stage, epochs in ((1, 3), (2, 2)):
-        monkeypatch.setattr(sys, "argv", ["train.py", "--stage", str(stage)])
-        args = train.parse_args()
-        assert (args.rank, args.alpha, args.dropout, args.rdrop_alpha) == (16, 64, 0.1, 0.1)
-        assert (args.lr, args.weight_decay, args.warmup_ratio, args.max_length) == (5e-4, 0.02, 5e-4, 512)
-        assert (args.batch_size, args.micro_batch_size, args.epochs) == (32, 4, epochs)
+def imports_of(path):
+    """Full names of the modules that a file imports, inside functions too."""
+    found = set()
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        if isinstance(node, ast.ImportFrom):
+            found.add(node.module)
+            found.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return found
+
+
+# --- README and pages -----------------------------------------------------------------------------
+
+
+def test_readme_names_the_functions_that_compute_the_equations():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (eqs?\. [^|]*)\|[^|]*\| `(\w+)` in `(\w+\.py)` \|$", readme, re.M)
+    numbers = set()
+    for equations, name, file in rows:
+        source = (ROOT / file).read_text(encoding="utf-8")
+        (node,) = [n for n in tree_of(file).body if getattr(n, "name", None) == name]
+        text = ast.get_source_segment(source, node)
+        if "M" in equations:
+            assert re.search(r"^ +M = ", text, re.M), name
+            continue
+        said = " ".join(re.findall(r"[Ee]qs?\. [\d ,-]+(?:and \d+)?|eq\. \d", text))
+        for number in re.findall(r"\d", equations):
+            assert number in said, (equations, name, said)
+            numbers.add(number)
+    assert numbers == set("123456789")
+
+
+def test_readme_is_short_and_its_links_lead_somewhere():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 200
+    for page in PAGES:
+        text = (ROOT / page).read_text(encoding="utf-8")
+        for link in re.findall(r"\]\(([^)#]+)\)", text):
+            target = (ROOT / page).parent / link
+            if link != "fast":  # which may be absent
+                assert target.exists(), (page, link)
+
+
+def test_every_file_that_readme_lists_is_there():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    listed = re.search(r"## The files\n\n```\n(.*?)```", readme, re.S)[1]
+    for name in SEVEN:
+        assert re.search(rf"^{name}\.py ", listed, re.M), name
+    for path in (ROOT / "support").glob("*.*"):
+        assert path.name == "__init__.py" or path.name in listed, path
+
+
+def help_of(script):
+    """What a script prints on --help."""
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setattr(sys, "argv", [script, "--help"])
+        patch.syspath_prepend((ROOT / script).parent)  # as Python does
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+    assert stop.value.code == 0
+    return printed.getvalue()
+
+
+def commands_in(text):
+    """(script, what follows it) of every command line in a page."""
+    for variable, script in (("TRAIN", "train"), ("EVAL", "evaluate"), ("PIVOT", "pivot")):
+        text = text.replace(f"${variable}", f"{script}.py")
+    text = text.replace("\\\n", " ")
+    return re.findall(r"((?:[\w/]+/)?\w+\.py)((?: +[^\n`|#()]*)?)", text)
+
+
+def test_every_flag_in_a_command_is_one_that_its_script_takes():
+    """In README, pages, Makefile and docstrings."""
+    texts = [(ROOT / page).read_text(encoding="utf-8") for page in [*PAGES, "Makefile"]]
+    if HAS_FAST:
+        texts.append((ROOT / "bench/README.md").read_text(encoding="utf-8"))
+    for path in our_files():
+        texts.append(ast.get_docstring(tree_of(path)) or "")
+    takes, seen = {}, 0
+    for script, rest in commands_in("\n\n".join(texts)):
+        flags = re.findall(r"(?<![\w-])(--[a-z][\w-]*)", rest)
+        if not flags or not (ROOT / script).exists():
+            continue
+        if script.startswith("bench/") and not HAS_FAST:
+            continue  # they measure it
+        if script not in takes:
+            takes[script] = set(re.findall(r"--[a-z][\w-]*", help_of(script)))
+        for flag in flags:
+            seen += 1
+            assert flag in takes[script], (script, flag, rest)
+    assert seen > 80 and len(takes) > 10
+
+
+@pytest.mark.skipif(not HAS_FAST, reason="the benchmarks measure fast/")
+def test_the_bench_page_shows_what_was_measured():
+    page = (ROOT / "bench/README.md").read_text(encoding="utf-8")
+
+    def printed(script):
+        command = [sys.executable, ROOT / "bench" / script]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    tables = printed("tables.py")
+    assert tables.count("|") > 50 and tables in page
+    assert printed("projection.py").partition("\n")[2] in page
+    hours = json.loads((ROOT / "bench/results/projection.json").read_text())["gpu_hours"]["all"]
+    assert f"about {hours:.1f} GPU-hours" in page
+
+
+@pytest.mark.parametrize("script", ["report", "export", "baselines"])
+def test_commands_in_support_run_from_anywhere(script, tmp_path):
+    done = run(ROOT / f"support/{script}.py", "--help", cwd=tmp_path)
+    assert f"python support/{script}.py" in done.stdout
+
+
+# --- the paper's values and the Makefile ----------------------------------------------------------
+
+
+@pytest.mark.parametrize(("stage", "epochs"), [(1, 3), (2, 2)])
+def test_defaults_are_the_papers(monkeypatch, stage, epochs):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--stage", str(stage)])
+    args = train.parse_args()
+    assert (args.rank, args.alpha, args.dropout, args.rdrop_alpha) == (16, 64, 0.1, 0.1)
+    assert (args.lr, args.weight_decay, args.warmup_ratio) == (5e-4, 0.02, 5e-4)
+    assert (args.batch_size, args.micro_batch_size, args.epochs) == (32, 4, epochs)
+    assert args.max_length == 512 and args.adapter_type == "crosslora"
+
+
+def plan_of(*goals):
+    """The commands that make would run."""
+    return subprocess.run(
+        ["make", "-n", *goals], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make on this machine")
 def test_the_makefile_is_the_map_of_the_method():
-    compare = subprocess.run(["make", "-n", "compare"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert re.findall(r"examples/tiny/(\w+)", compare) == ["world", "pretrain", "compare"]
-    plan = subprocess.run(["make", "-n", "paper"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    steps = re.findall(r"(data\.py|train\.py --stage \d|pivot\.py|evaluate\.py --\S+)", plan)
-    assert steps == ["data.py", "train.py --stage 1", "pivot.py", "train.py --stage 2",
-                     *["evaluate.py --all-directions"] * 3, "evaluate.py --table"]
+    steps = r"(data\.py|train\.py --stage \d|pivot\.py|evaluate\.py --\S+|support/report\.py)"
+    chain = ["data.py", "train.py --stage 1", "pivot.py", "train.py --stage 2"]
+    chain += ["evaluate.py --all-directions"] * 3 + ["support/report.py"]
+    assert re.findall(steps, plan_of("paper")) == chain
+    for goals in (["tiny"], ["tiny", "PLAIN=1"]):
+        plan = plan_of(*goals)
+        assert re.findall(steps, plan) == chain
+        assert plan.count("--plain") == (6 if len(goals) == 2 else 0)
+    assert re.findall(r"examples/tiny/(\w+)", plan_of("compare")) == [
+        "world",
+        "pretrain",
+        "compare",
+    ]
+    test = plan_of("test")
+    assert test.count("pytest") == 2 and "fast" not in re.search(r"cp -r (.*) \.plain", test)[1]
 
 
-def test_every_flag_in_the_readme_exists():
-    """Each --flag of a command line in README, Makefile or a script's own docstring is one that its script takes."""
-    scripts = [*ROOT.glob("*.py"), *ROOT.glob("examples/tiny/*.py"), *ROOT.glob("bench/*.py")]
-    takes = {path.name: set(re.findall(r'add_argument\("(--[\w-]+)"', path.read_text())) for path in scripts}
-    shared = takes["generate.py"] - {"--src", "--tgt", "--input", "--output"}
-    for name in ("train.py", "pivot.py", "evaluate.py", "baselines.py"):
-        takes[name] |= shared | {"--system"} if name != "train.py" else {"--device", "--dtype"}
-    for name in ("train_speed.py", "generate_speed.py", "cost.py"):
-        takes[name] |= takes["common.py"]
-    readme = (ROOT / "README.md").read_text()
-    for variable, script in (("$TRAIN", "train.py"), ("$EVAL", "evaluate.py"), ("$PIVOT", "pivot.py")):
-        readme = readme.replace(variable, script)
-    texts = [readme, (ROOT / "Makefile").read_text(), *(path.read_text().split('"""')[1] for path in ROOT.glob("*.py"))]
-    seen = 0
-    for script, rest in re.findall(r"(\w+\.py)((?: +[^\n`|#()]*)?)", "\n".join(texts).replace("\\\n", " ")):
-        for flag in re.findall(r"(?<![\w-])(--[a-z][\w-]*)", rest):
-            if script in takes:
-                seen += 1
-                assert flag in takes[script], (script, flag, rest)
-    assert seen > 80
+# --- the form of the code -------------------------------------------------------------------------
 
 
 def test_the_scripts_import_downwards_only():
-    scripts = {path.stem for path in ROOT.glob("*.py")}
-    for path in ROOT.glob("*.py"):
-        imports = set(re.findall(r"^\s*(?:from|import) (\w+)", path.read_text(), re.M))
-        assert imports & scripts <= BELOW[path.name], path
-        assert path.name == "baselines.py" or not imports & {"transformers", "peft"}, path
+    for name in SEVEN:
+        imports = {module.partition(".")[0] for module in imports_of(f"{name}.py")}
+        assert imports & set(SEVEN) <= BELOW[name], name
+        assert "fast" not in imports  # support.runs.load_fast brings it, if it is there
+    for path in our_files():
+        imports = imports_of(path)
+        if path.parts[0] == "fast":
+            for module in imports:
+                ours = module.split(".")[0] in {*SEVEN, "support"}
+                allowed = ("model", "crosslora", "data", "support.runs")
+                assert not ours or module.startswith(allowed), (path, module)
+        if path.parts[0] not in ("bench",) and str(path) != "support/baselines.py":
+            assert not imports & {"transformers", "peft"}, path
+
+
+def test_the_seven_have_nothing_that_only_speed_needs():
+    words = (
+        r"torch\.ops|\baten\b|autograd\.Function|CUDAGraph|cuda\.graph|cpuinfo|mkldnn|mkl|packed"
+    )
+    for name in SEVEN:
+        found = re.findall(words, (ROOT / f"{name}.py").read_text(encoding="utf-8"))
+        assert not found, (name, found)
+
+
+def test_the_seven_are_plain():
+    """No nested comprehension, no bound lambda, no closure that rebinds an outer name."""
+    comprehensions = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+    for name in SEVEN:
+        for node in ast.walk(tree_of(f"{name}.py")):
+            where = name, getattr(node, "lineno", 0)
+            if isinstance(node, comprehensions):
+                inner = [n for n in ast.walk(node) if isinstance(n, comprehensions)]
+                assert len(inner) == 1, where
+            assert not isinstance(node, ast.Nonlocal | ast.Global), where
+            if isinstance(node, ast.Assign):
+                assert not isinstance(node.value, ast.Lambda), where
+
+
+def test_functions_are_short_and_typed():
+    for path in our_files():
+        for node in functions(path):
+            where = path, node.name
+            assert node.end_lineno - node.lineno < 60, where
+            if path.parts[0] in ("fast", "bench", "examples"):
+                continue
+            of_itself = ("self", "cls")
+            untyped = [a.arg for a in node.args.args if not a.annotation and a.arg not in of_itself]
+            assert not untyped, (where, untyped)
+            assert node.returns is not None or node.name == "__init__", where

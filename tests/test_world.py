@@ -1,53 +1,74 @@
-"""The toy world: grammar against sentences written by hand, corpora in the published layouts, no overlap."""
+"""The toy world: grammar against sentences written by hand, corpora in the published layouts, no
+overlap."""
 
 import random
+from pathlib import Path
 
 import pytest
-
 from compare import CLAIMS, SYSTEMS, claims_table, results_table
 from conftest import ROOT, TORCHRUN, inside, read_rows, refuses, run
-from data import LANGUAGES, read_flores, read_opus
-from files import read_json
-from tables import PAPER
 from world import WORDS, meanings, sentence
+
+from data import LANGUAGES, read_flores, read_opus
+from support.report import PAPER
+from support.runs import read_json
 
 ENGLISH = {kind: [row[0] for row in rows] for kind, rows in WORDS.items()}
 
 
 def meaning(time, subject, subject_adj, verb, obj, obj_adj, place):
     kinds = ("time", "animate", "adjective", "verb", "noun", "adjective", "place")
-    return tuple(None if w is None else ENGLISH[k].index(w) for k, w in zip(kinds, (time, subject, subject_adj, verb, obj, obj_adj, place)))
+    return tuple(
+        None if w is None else ENGLISH[k].index(w)
+        for k, w in zip(kinds, (time, subject, subject_adj, verb, obj, obj_adj, place))
+    )
 
 
 BY_HAND = [
-    (meaning("today", "boy", "good", "sees", "doctor", "new", "in the garden"), {
-        "en": "Today the good boy sees the new doctor in the garden.",
-        "de": "Heute sieht der gute Junge den neuen Arzt im Garten.",
-        "is": "Í dag sér góði strákurinn nýja lækninn í garðinum.",
-        "cs": "Dnes dobrý chlapec vidí nového lékaře v zahradě.",
-        "ru": "Сегодня хороший мальчик видит нового врача в саду.",
-        "zh": "今天那个好男孩在花园里看见那位新医生。"}),
-    (meaning(None, "woman", "small", "buys", "key", "black", None), {
-        "en": "The small woman buys the black key.",
-        "de": "Die kleine Frau kauft den schwarzen Schlüssel.",
-        "is": "Litla konan kaupir svarta lykilinn.",
-        "cs": "Malá žena kupuje černý klíč.",
-        "ru": "Маленькая женщина покупает чёрный ключ.",
-        "zh": "那个小女人买那把黑色的钥匙。"}),
-    (meaning(None, "cat", None, "hears", "girl", "beautiful", "by the river"), {
-        "en": "The cat hears the beautiful girl by the river.",
-        "de": "Die Katze hört das schöne Mädchen am Fluss.",
-        "is": "Kötturinn heyrir fallegu stúlkuna við ána.",
-        "cs": "Kočka slyší krásnou dívku u řeky.",
-        "ru": "Кошка слышит красивую девочку у реки.",
-        "zh": "那只猫在河边听见那个美丽的女孩。"}),
-    (meaning("in winter", "man", "big", "loves", "flower", "white", None), {
-        "en": "In winter the big man loves the white flower.",
-        "de": "Im Winter liebt der große Mann die weiße Blume.",
-        "is": "Á veturna elskar stóri maðurinn hvíta blómið.",
-        "cs": "V zimě velký muž miluje bílou květinu.",
-        "ru": "Зимой большой мужчина любит белый цветок.",
-        "zh": "冬天那个大男人爱那朵白色的花。"}),
+    (
+        meaning("today", "boy", "good", "sees", "doctor", "new", "in the garden"),
+        {
+            "en": "Today the good boy sees the new doctor in the garden.",
+            "de": "Heute sieht der gute Junge den neuen Arzt im Garten.",
+            "is": "Í dag sér góði strákurinn nýja lækninn í garðinum.",
+            "cs": "Dnes dobrý chlapec vidí nového lékaře v zahradě.",
+            "ru": "Сегодня хороший мальчик видит нового врача в саду.",
+            "zh": "今天那个好男孩在花园里看见那位新医生。",
+        },
+    ),
+    (
+        meaning(None, "woman", "small", "buys", "key", "black", None),
+        {
+            "en": "The small woman buys the black key.",
+            "de": "Die kleine Frau kauft den schwarzen Schlüssel.",
+            "is": "Litla konan kaupir svarta lykilinn.",
+            "cs": "Malá žena kupuje černý klíč.",
+            "ru": "Маленькая женщина покупает чёрный ключ.",
+            "zh": "那个小女人买那把黑色的钥匙。",
+        },
+    ),
+    (
+        meaning(None, "cat", None, "hears", "girl", "beautiful", "by the river"),
+        {
+            "en": "The cat hears the beautiful girl by the river.",
+            "de": "Die Katze hört das schöne Mädchen am Fluss.",
+            "is": "Kötturinn heyrir fallegu stúlkuna við ána.",
+            "cs": "Kočka slyší krásnou dívku u řeky.",
+            "ru": "Кошка слышит красивую девочку у реки.",
+            "zh": "那只猫在河边听见那个美丽的女孩。",
+        },
+    ),
+    (
+        meaning("in winter", "man", "big", "loves", "flower", "white", None),
+        {
+            "en": "In winter the big man loves the white flower.",
+            "de": "Im Winter liebt der große Mann die weiße Blume.",
+            "is": "Á veturna elskar stóri maðurinn hvíta blómið.",
+            "cs": "V zimě velký muž miluje bílou květinu.",
+            "ru": "Зимой большой мужчина любит белый цветок.",
+            "zh": "冬天那个大男人爱那朵白色的花。",
+        },
+    ),
 ]
 
 
@@ -66,7 +87,8 @@ def test_a_sentence_means_one_thing_in_every_language():
 
 def test_corpora(tmp_path):
     world = tmp_path / "world"
-    command = (ROOT / "examples/tiny/world.py", "--out", world, "--train", 50, "--dev", 6, "--test", 7)
+    command = ROOT / "examples/tiny/world.py", "--out", world
+    command = *command, *["--train", "50", "--dev", "6", "--test", "7"]
     inside(*command)
     seen = set()
     for lang in list(LANGUAGES)[1:]:
@@ -78,43 +100,78 @@ def test_corpora(tmp_path):
         rows = read_flores(world, list(LANGUAGES), split)
         assert len(rows) == count and not seen & {row[0] for row in rows}
         seen |= {row[0] for row in rows}
-    assert len(list((world / "opus-100-corpus/v1.0/supervised").iterdir())) == 5  # English-centric pairs only
+    # English-centric pairs only
+    assert len(list((world / "opus-100-corpus/v1.0/supervised").iterdir())) == 5
     assert "made already" in inside(*command)
     refuses(*command, "--seed", 1, says="seed was 0, now 1")
 
 
+def averages_of(*bleus):
+    """Averages of several seeds, all groups alike."""
+    seeds = []
+    for bleu in bleus:
+        scores = {"bleu": bleu, "chrf": bleu, "off_target": 1.0}
+        seeds.append(dict.fromkeys(("english", "non_english", "average"), scores))
+    return seeds
+
+
 def test_the_comparison_reads_its_seeds_as_a_statistician_would():
-    """Mean and standard deviation over seeds; differences paired by seed; a verdict only where Student's 95 % interval leaves out zero."""
-    means = lambda bleu: {g: {"bleu": bleu, "chrf": bleu, "off_target": 1.0} for g in ("english", "non_english", "average")}
-    scores = {"LoRA": [means(b) for b in (10, 20, 30)], "CrossLoRA": [means(b) for b in (12, 22.5, 31.5)],
-              "3 Experts": [means(b) for b in (11, 24, 33)], "w/o R-Drop": [means(b) for b in (15, 25, 34.6)]}
+    """Mean and standard deviation over seeds; differences paired by seed; a verdict only where
+    Student's 95 % interval leaves out zero."""
+    scores = {
+        "LoRA": averages_of(10, 20, 30),
+        "CrossLoRA": averages_of(12, 22.5, 31.5),
+        "3 Experts": averages_of(11, 24, 33),
+        "w/o R-Drop": averages_of(15, 25, 34.6),
+    }
     table = results_table(scores, {"LoRA": 1234})
-    assert "| LoRA | 1,234 | 20.00 ± 10.00 | 20.00 ± 10.00 | 20.00 ± 10.00 | 20.00 ± 10.00 | 1.0 ± 0.0 |" in table
+    assert f"| LoRA | 1,234 |{' 20.00 ± 10.00 |' * 4} 1.0 ± 0.0 |" in table
     lines = claims_table(scores, read_json(PAPER)).splitlines()
     assert "| CrossLoRA over LoRA (Table 1) | +4.13 | 2.00 ± 0.50 | agrees |" in lines
-    says = lambda start, end: any(line.startswith(start) and line.endswith(end) for line in lines)
+
+    def says(start, end):
+        return any(line.startswith(start) and line.endswith(end) for line in lines)
+
     assert says("| CrossLoRA over 3 Experts (Table 3) | +0.38", "| the seeds don't tell |")
     assert says("| CrossLoRA over w/o R-Drop (Table 6) | +0.53", "| contradicts |")
     assert len(lines) == 2 + 3 and set(SYSTEMS) >= {name for claim in CLAIMS for name in claim[:2]}
 
 
-def test_the_whole_chain_by_its_commands(tmp_path):
-    """Every shipped command in the order of `make tiny`, on a world and a backbone too small to translate well."""
-    t = tmp_path
-    inside(ROOT / "examples/tiny/world.py", "--out", t / "world", "--train", 90, "--dev", 4, "--test", 3)
-    run(ROOT / "examples/tiny/pretrain.py", "--world", t / "world", "--out", t / "backbone", "--hidden-size", 32, "--layers", 2,
-        "--steps", 300, "--phrase-steps", 100, "--lines", 16, "--lr", "1e-2")
-    inside(ROOT / "data.py", "--data", t / "world", "--out", t / "data", "--train-pairs", 30)
-    train = ("--model", t / "backbone", "--data", t / "data", "--max-steps", 40, "--lr", "1e-2", "--epochs", 20, "--micro-batch-size", 16)
-    decode = ("--max-new-tokens", 24, "--batch-size", 64)
-    run(*TORCHRUN, ROOT / "train.py", "--stage", 1, *train, "--out", t / "stage1")
-    run(*TORCHRUN, ROOT / "pivot.py", "--adapter", t / "stage1/adapter", "--data", t / "data", "--out", t / "pseudo", "--pairs", 5,
-        "--max-ratio", 9, *decode)
-    assert read_rows(t / "pseudo/pseudo.train.jsonl"), (t / "pseudo/report.md").read_text()
-    run(*TORCHRUN, ROOT / "train.py", "--stage", 2, *train, "--pseudo", t / "pseudo", "--out", t / "stage2")
-    for name, what in (("scores/base", ("--model", t / "backbone")), ("scores/stage2", ("--adapter", t / "stage2/adapter"))):
-        inside(ROOT / "evaluate.py", "--all-directions", *what, "--test", t / "data/test.jsonl", "--out", t / name, *decode)
-    table = inside(ROOT / "evaluate.py", "--table", t / "scores/base", t / "scores/stage2")
-    assert table.count("\n") == 4
-    one = run(ROOT / "generate.py", "--adapter", t / "stage2/adapter", "--src", "de", "--tgt", "is", "Der Hund sieht die Katze.")
-    assert one.stdout.strip()
+def test_the_defaults_chain(tmp_path, monkeypatch):
+    """The commands of the README, one after another in a folder of their own, with no flags but
+    those that make the world small; before its turn each says which command it waits for."""
+    monkeypatch.chdir(tmp_path)
+    small = ["--train", "90", "--dev", "4", "--test", "3"]
+    inside(ROOT / "examples/tiny/world.py", "--out", "corpora", *small)
+    small = "--hidden-size 32 --layers 2 --steps 300 --phrase-steps 100 --lines 16 --lr 1e-2"
+    where = "--world", "corpora", "--out", "backbone"
+    run(ROOT / "examples/tiny/pretrain.py", *where, *small.split(), cwd=tmp_path)
+    small = "--model backbone --max-steps 40 --epochs 20 --lr 1e-2 --micro-batch-size 16"
+    train, decode = (ROOT / "train.py", *small.split()), ("--max-new-tokens", 24)
+    chain = [
+        (ROOT / "data.py", "--source", "publisher", "--train-pairs", 30),
+        (*train, "--stage", 1),
+        (ROOT / "pivot.py", *decode, "--pairs", 5, "--max-ratio", 9),
+        (*train, "--stage", 2),
+        (ROOT / "evaluate.py", "--all-directions", *decode),
+        (ROOT / "support/report.py",),
+    ]
+    waits_for = [
+        "",
+        "data: no manifest.json in it; --data takes a folder that data.py has finished, "
+        "`python data.py --source publisher` makes it",
+        "`train.py --stage 1` makes runs/stage1/adapter",
+        "`torchrun --nproc_per_node=2 pivot.py` makes runs/pseudo",
+        "",  # Stage 1's adapter will do
+        "`python evaluate.py --all-directions` makes one",
+    ]
+    for i, command in enumerate(chain):
+        if waits_for[i + 1 :] and waits_for[i + 1]:
+            refuses(*chain[i + 1], says=waits_for[i + 1])  # too early
+        parallel = command[0].name in ("train.py", "pivot.py")
+        done = run(*(TORCHRUN if parallel else ()), *command, cwd=tmp_path)
+    assert read_rows("runs/pseudo/pseudo.train.jsonl"), Path("runs/pseudo/report.md").read_text()
+    scores = read_json("runs/scores/stage2/scores.json")
+    assert len(scores["directions"]) == 30 and done.stdout.splitlines()[2].startswith("| stage2 |")
+    one = run(ROOT / "generate.py", "--src", "de", "--tgt", "is", "Guten Morgen.", cwd=tmp_path)
+    assert one.stdout.strip() and not list(tmp_path.rglob("*.tmp"))

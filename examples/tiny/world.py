@@ -1,11 +1,13 @@
-"""A toy world of six languages: a grammar over real words, written out in the published corpus layouts.
+"""A toy world of six languages: a grammar over real words, written out in the published corpus
+layouts.
 
     python examples/tiny/world.py --out runs/tiny/world
 
-One sentence is a choice of (time, subject, verb, object, place) and has exactly one form in each language, with the
-article, case, gender and word order that the language asks for: German and Icelandic put the verb second, Chinese
-puts the place before the verb, Czech and Russian mark the object by animacy. "The good farmer sees the red boat in
-the garden." There are some 19 million of them; train, dev and test sentences never overlap.
+One sentence is a choice of (time, subject, verb, object, place) and has exactly one form in each
+language, with the article, case, gender and word order that the language asks for: German and
+Icelandic put the verb second, Chinese puts the place before the verb, Czech and Russian mark the
+object by animacy. "The good farmer sees the red boat in the garden." There are some 19 million of
+them; train, dev and test sentences never overlap.
 """
 
 import argparse
@@ -13,12 +15,14 @@ import random
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's scripts lie flat at its root
-from data import LANGUAGES  # noqa: E402
-from files import at_least, claim, run_main, write_atomic  # noqa: E402
+# the project's scripts lie flat at its root
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from data import LANGUAGES
+from support.runs import HelpFormatter, at_least, check_claim, claim, run_main, write_atomic
 
-# One noun a line. German, Icelandic, Czech, Russian: gender, nominative, accusative (Icelandic with its suffixed
-# article); Czech and Russian masculines are "a" (animate) or "i" (inanimate). Chinese: measure word, noun.
+# One noun a line. German, Icelandic, Czech, Russian: gender, nominative, accusative (Icelandic with
+# its suffixed article); Czech and Russian masculines are "a" (animate) or "i" (inanimate). Chinese:
+# measure word, noun.
 ANIMATE = """
 man     | m Mann Mann       | m maðurinn manninn   | a muž muže         | a мужчина мужчину   | 个 男人
 woman   | f Frau Frau       | f konan konuna       | f žena ženu        | f женщина женщину   | 个 女人
@@ -49,8 +53,9 @@ key     | m Schlüssel Schlüssel | m lykillinn lykilinn | i klíč klíč    | 
 window  | n Fenster Fenster | m glugginn gluggann  | n okno okno        | n окно окно         | 扇 窗户
 table   | m Tisch Tisch     | n borðið borðið      | i stůl stůl        | i стол стол         | 张 桌子
 """
-# Adjectives after a definite article. Icelandic weak forms: masculine nominative, masculine oblique (= feminine
-# nominative and neuter), feminine oblique. Czech: stem. Russian: m, f, n nominative, animate and feminine accusative.
+# Adjectives after a definite article. Icelandic weak forms: masculine nominative, masculine oblique
+# (= feminine nominative and neuter), feminine oblique. Czech: stem. Russian: m, f, n nominative,
+# animate and feminine accusative.
 ADJECTIVES = """
 small     | klein | litli litla litlu         | mal  | маленький маленькая маленькое маленького маленькую | 小
 big       | groß  | stóri stóra stóru         | velk | большой большая большое большого большую           | 大
@@ -99,8 +104,14 @@ def table(text):
     return [[cell.strip() for cell in line.split("|")] for line in text.strip().splitlines()]
 
 
-WORDS = {"animate": table(ANIMATE), "noun": table(ANIMATE + THINGS.lstrip()), "adjective": table(ADJECTIVES),
-         "verb": table(VERBS), "place": table(PLACES), "time": table(TIMES)}
+WORDS = {
+    "animate": table(ANIMATE),
+    "noun": table(ANIMATE + THINGS.lstrip()),
+    "adjective": table(ADJECTIVES),
+    "verb": table(VERBS),
+    "place": table(PLACES),
+    "time": table(TIMES),
+}
 
 
 def english(noun, adjective, case):
@@ -111,13 +122,17 @@ def german(noun, adjective, case):
     gender, nominative, accusative = noun.split()
     article = {"m": ("der", "den"), "f": ("die", "die"), "n": ("das", "das")}[gender][case]
     ending = "en" if gender == "m" and case == 1 else "e"  # weak declension
-    return " ".join([article, *([adjective + ending] if adjective else []), (nominative, accusative)[case]])
+    return " ".join(
+        [article, *([adjective + ending] if adjective else []), (nominative, accusative)[case]]
+    )
 
 
 def icelandic(noun, adjective, case):
     gender, nominative, accusative = noun.split()
     form = {"m": (0, 1), "f": (1, 2), "n": (1, 1)}[gender][case]
-    return " ".join([*([adjective.split()[form]] if adjective else []), (nominative, accusative)[case]])
+    return " ".join(
+        [*([adjective.split()[form]] if adjective else []), (nominative, accusative)[case]]
+    )
 
 
 def czech(noun, adjective, case):
@@ -129,7 +144,9 @@ def czech(noun, adjective, case):
 def russian(noun, adjective, case):
     gender, nominative, accusative = noun.split()
     form = {"a": (0, 3), "i": (0, 0), "f": (1, 4), "n": (2, 2)}[gender][case]
-    return " ".join([*([adjective.split()[form]] if adjective else []), (nominative, accusative)[case]])
+    return " ".join(
+        [*([adjective.split()[form]] if adjective else []), (nominative, accusative)[case]]
+    )
 
 
 def chinese(noun, adjective, case):
@@ -141,7 +158,8 @@ PHRASE = {"en": english, "de": german, "is": icelandic, "cs": czech, "ru": russi
 
 
 def parts(meaning, lang):
-    """The phrases of a meaning in a language: [time, subject, verb, object, place], None where absent."""
+    """The phrases of a meaning in a language: [time, subject, verb, object, place], None where
+    absent."""
     column = list(PHRASE).index(lang)
     kinds = ("time", "animate", "adjective", "verb", "noun", "adjective", "place")
     time, subject, subject_adj, verb, obj, obj_adj, place = (
@@ -151,8 +169,8 @@ def parts(meaning, lang):
 
 
 def sentence(meaning, lang):
-    """The one form of a meaning (time, subject, adjective, verb, object, adjective, place) in a language.
-    Each part is an index into its table or None where the part is absent."""
+    """The one form of a meaning (time, subject, adjective, verb, object, adjective, place) in a
+    language. Each part is an index into its table or None where the part is absent."""
     time, subject, verb, obj, place = parts(meaning, lang)
     if lang == "zh":
         order = [time, subject, place, verb, obj]
@@ -164,29 +182,48 @@ def sentence(meaning, lang):
     return text[0].upper() + text[1:] + ("。" if lang == "zh" else ".")
 
 
+def pick(rng, kind, absent=0.0):
+    """A random word of a kind, as an index; None with probability `absent`."""
+    return None if rng.random() < absent else rng.randrange(len(WORDS[kind]))
+
+
 def meanings(rng):
     """Endless random meanings without repetition."""
     seen = set()
     while True:
-        pick = lambda kind, absent=0.0: None if rng.random() < absent else rng.randrange(len(WORDS[kind]))
-        meaning = (pick("time", 0.5), pick("animate"), pick("adjective", 0.5), pick("verb"), pick("noun"),
-                   pick("adjective", 0.5), pick("place", 0.5))
+        meaning = (
+            pick(rng, "time", 0.5),
+            pick(rng, "animate"),
+            pick(rng, "adjective", 0.5),
+            pick(rng, "verb"),
+            pick(rng, "noun"),
+            pick(rng, "adjective", 0.5),
+            pick(rng, "place", 0.5),
+        )
         if meaning not in seen and meaning[1] != meaning[4]:  # nobody sees themselves
             seen.add(meaning)
             yield meaning
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", required=True, help="folder for opus-100-corpus/ and flores200_dataset/")
-    parser.add_argument("--train", type=int, default=4000, help="OPUS-100 train pairs per language with English")
-    parser.add_argument("--dev", type=int, default=100, help="OPUS-100 dev pairs, and FLORES-200 dev lines")
-    parser.add_argument("--test", type=int, default=200, help="OPUS-100 test pairs, and FLORES-200 devtest lines")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument(
+        "--out", required=True, help="folder for opus-100-corpus/ and flores200_dataset/"
+    )
+    parser.add_argument(
+        "--train", type=int, default=4000, help="OPUS-100 train pairs per language with English"
+    )
+    parser.add_argument(
+        "--dev", type=int, default=100, help="OPUS-100 dev pairs, and FLORES-200 dev lines"
+    )
+    parser.add_argument(
+        "--test", type=int, default=200, help="OPUS-100 test pairs, and FLORES-200 devtest lines"
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     at_least(1, args, "train", "dev", "test")
     out, config = Path(args.out), {k: v for k, v in vars(args).items() if k != "out"}
-    claim(out, config, write=False)
+    check_claim(out, config)
     if (out / "done").exists():
         print(f"{out}: made already")
         return
@@ -199,13 +236,19 @@ def main():
         for split, count in (("train", args.train), ("dev", args.dev), ("test", args.test)):
             drawn = [next(stream) for _ in range(count)]
             for code in ("en", lang):
-                write_atomic(folder / f"opus.{pair}-{split}.{code}", "".join(sentence(m, code) + "\n" for m in drawn))
+                write_atomic(
+                    folder / f"opus.{pair}-{split}.{code}",
+                    "".join(sentence(m, code) + "\n" for m in drawn),
+                )
     for split, count in (("dev", args.dev), ("devtest", args.test)):
         folder = out / "flores200_dataset" / split
         folder.mkdir(parents=True, exist_ok=True)
         drawn = [next(stream) for _ in range(count)]
         for code in PHRASE:
-            write_atomic(folder / f"{LANGUAGES[code].flores}.{split}", "".join(sentence(m, code) + "\n" for m in drawn))
+            write_atomic(
+                folder / f"{LANGUAGES[code].flores}.{split}",
+                "".join(sentence(m, code) + "\n" for m in drawn),
+            )
     write_atomic(out / "done", "")
     lock.close()
     for code in PHRASE:

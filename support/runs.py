@@ -1,0 +1,434 @@
+"""What every script promises about runs: errors, files, folders, locks, processes and devices.
+
+Nothing here knows of languages or translation.
+"""
+
+import argparse
+import atexit
+import datetime
+import fcntl
+import hashlib
+import importlib
+import json
+import os
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import ModuleType
+from typing import Any, BinaryIO, NamedTuple, NoReturn
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+CHECKPOINT = [  # patterns of the files that a backbone needs
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "*.safetensors",
+    "model.safetensors.index.json",
+]
+
+
+# --- errors -----------------------------------------------------------------------------------
+
+
+class UserError(Exception):
+    """Something the user can mend; its text is the one line they read."""
+
+
+def reason(error: Exception) -> str:
+    """The first line of a library's error, or its type where it says nothing."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def run_main(main: Callable[[], None]) -> None:
+    """Call `main()`. A UserError, or what the system refuses, becomes one line on stderr and exit
+    status 2; Ctrl-C exit status 130."""
+    try:
+        main()
+        sys.stdout.flush()  # else a full disk or a closed pipe would show only as Python ends
+    except UserError as error:
+        stop(str(error))
+    except OSError as error:
+        if error.filename is None:  # of stdout: what is left for it goes nowhere, or it fails again
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        stop(f"{error.filename or 'output'}: {error.strerror or error}")
+    except KeyboardInterrupt:
+        print("stopped; the same command continues from here", file=sys.stderr)
+        sys.exit(130)
+
+
+def stop(message: str) -> NoReturn:
+    """End with one line on stderr and exit status 2."""
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        # What the machine's first rank sees, too, is said once: torchrun ends this one meanwhile.
+        time.sleep(5)
+    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Prints a script's docstring as it stands, and behind each flag its default."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        nothing = action.default is None or action.default is False
+        if nothing or action.default == argparse.SUPPRESS or not action.help:
+            return action.help
+        return f"{action.help} [%(default)s]"
+
+
+def flag_name(name: str) -> str:
+    """micro_batch_size -> --micro-batch-size."""
+    return "--" + name.replace("_", "-")
+
+
+def at_least(least: float, args: Namespace, *names) -> None:
+    """Raises UserError for a flag below `least`, or nan; None, a default to come, passes."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and not value >= least:
+            raise UserError(f"{flag_name(name)} {value}: must be at least {least}")
+
+
+def within(end: float, args: Namespace, *names) -> None:
+    """Raises UserError for a flag outside [0, end), the end not included, or nan."""
+    for name in names:
+        value = getattr(args, name)
+        if not 0 <= value < end:
+            raise UserError(f"{flag_name(name)} {value}: must lie in [0, {end})")
+
+
+# --- files ------------------------------------------------------------------------------------
+
+
+def write_atomic(path: str | Path, text: str) -> None:
+    """Write `text` so that a reader, or a kill, finds the old file or the new, never half of it."""
+    temporary = Path(f"{path}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def write_json(path: str | Path, content: dict) -> None:
+    write_atomic(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
+    write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def read_text(path: str | Path) -> str:
+    """The text of a UTF-8 file, without its byte-order mark. Raises UserError."""
+    try:
+        return Path(path).read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from None
+
+
+def read_lines(path: str | Path) -> list[str]:
+    """Lines of a text file, split at \\n only: U+2028 or NEL inside a sentence is text."""
+    lines = read_text(path).split("\n")
+    if lines[-1] == "":
+        lines.pop()
+    return [line.removesuffix("\r") for line in lines]
+
+
+def read_json(path: str | Path) -> dict:
+    """The JSON object in a file. Raises UserError."""
+    try:
+        content = json.loads(read_text(path))
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not a JSON object")
+    return content
+
+
+def file_sha256(path: str | Path) -> str:
+    """64 hex digits. Raises UserError."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from None
+
+
+def check_output(path: str | Path) -> None:
+    """Raises UserError unless `path` is a new file in a folder that exists."""
+    if Path(path).exists():
+        raise UserError(f"{path}: exists already; choose another --output or remove it")
+    if not Path(path).parent.is_dir():
+        raise UserError(f"{path}: its folder does not exist")
+
+
+# --- run folders ------------------------------------------------------------------------------
+
+
+def open_locked(path: str | Path, work: str | Path) -> BinaryIO:
+    """`path` open for appending, and locked until it is closed. Raises UserError, about the file
+    or folder `work`, if another process holds the lock."""
+    try:
+        file = open(path, "ab")  # noqa: SIM115 - it stays open as long as the lock is to hold
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(
+            f"{work}: another process is at work in it "
+            "(workers outlive a killed torchrun; end them first)"
+        ) from None
+    except OSError as error:
+        raise UserError(f"{work}: {error.strerror or error}") from None
+    return file
+
+
+def lock_folder(folder: str | Path) -> BinaryIO:
+    """Make `folder` if needed and lock it until the returned file is closed. Raises UserError."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: {error.strerror or error}") from None
+    return open_locked(Path(folder) / ".lock", folder)
+
+
+def check_claim(folder: str | Path, config: dict) -> None:
+    """Raises UserError unless `folder` is new, empty, or holds a run with this very `config`."""
+    folder = Path(folder)
+    path = folder / "config.json"
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: is a file; --out takes a folder")
+    if path.exists():
+        check_same_config(folder, read_json(path), config)
+    elif folder.exists():
+        for file in folder.iterdir():
+            if not file.name.endswith((".tmp", ".lock")):
+                raise UserError(
+                    f"{folder}: not empty and not a run of this script; choose another --out"
+                )
+
+
+def check_same_config(folder: str | Path, old: dict, new: dict) -> None:
+    """Raises UserError that names what differs between two runs' settings. One that is nothing
+    (null, 0, false) is as good as absent, so that a new flag doesn't lock old runs."""
+    if 2 * len(old.keys() & new.keys()) < len(new):
+        raise UserError(f"{folder}: holds the run of another script; choose another --out")
+    differ = []
+    for key in sorted({*old, *new}):
+        if (old.get(key) or new.get(key)) and old.get(key) != new.get(key):
+            differ.append(f"{key} was {old.get(key)!r}, now {new.get(key)!r}")
+    if differ:
+        more = f"; and {len(differ) - 3} more" if len(differ) > 3 else ""
+        raise UserError(
+            f"{folder}: holds a run with other settings ({'; '.join(differ[:3])}{more}); "
+            "choose another --out or remove it"
+        )
+
+
+def claim(folder: str | Path, config: dict) -> BinaryIO:
+    """Make `folder` the home of a run with `config`, and lock it until the returned file is closed.
+
+    Raises UserError if a run with other settings lives there or another process works there, so
+    that the same command resumes and a different one never overwrites.
+    """
+    check_claim(folder, config)
+    lock = lock_folder(folder)
+    check_claim(folder, config)  # again, now that nobody else can write
+    path = Path(folder) / "config.json"
+    if not path.exists():
+        write_json(path, config)
+    return lock
+
+
+# --- the hub ----------------------------------------------------------------------------------
+
+
+def hub_snapshot(name: str, patterns: list[str], repo_type: str = "model") -> tuple[Path, str]:
+    """(folder, commit) of the files of a hub repository that match `patterns`, downloaded where
+    they are not in the hub's cache yet. `name` is owner/name or owner/name@revision;
+    HF_HUB_OFFLINE=1 takes the cache alone. Raises UserError when the hub does not give them."""
+    from huggingface_hub import snapshot_download  # slow to import; local files need none of it
+
+    repository, _, revision = name.partition("@")
+    try:
+        folder = snapshot_download(
+            repository,
+            repo_type=repo_type,
+            revision=revision or None,
+            allow_patterns=patterns,
+        )
+    except Exception as error:  # many libraries' errors, one meaning for the user
+        todo = hub_advice(error, repository, repo_type)
+        raise UserError(f"{name}: the hub did not give it ({reason(error)}); {todo}") from None
+    return Path(folder), Path(folder).name  # the cache names a snapshot's folder by its commit
+
+
+def hub_advice(error: Exception, repository: str, repo_type: str) -> str:
+    """What the user can do about an error of the hub."""
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    page = f"https://huggingface.co/{'datasets/' if repo_type == 'dataset' else ''}{repository}"
+    if isinstance(error, GatedRepoError):
+        return f"accept its licence at {page}, then `hf auth login`"
+    if isinstance(error, RepositoryNotFoundError):
+        return "check the name; a private repository needs `hf auth login`"
+    if isinstance(error, LocalEntryNotFoundError):
+        return (
+            "no network (or HF_HUB_OFFLINE is set) and not in the hub's cache; "
+            "fetch it elsewhere and pass the local folder"
+        )
+    return f"check the name, the revision and {page}, or pass a local folder"
+
+
+def resolve(name: str | Path, files: list[str] = CHECKPOINT) -> tuple[Path, str]:
+    """(folder of a checkpoint, its pinned name).
+
+    `name` is a folder, or a hub repository as `owner/name` or `owner/name@revision`, which is
+    downloaded. The pinned name is the absolute folder, or the repository at the commit that was
+    got, so that what was made with it can be found again. `files` are the patterns to download.
+    Raises UserError if there is neither.
+    """
+    if Path(name).is_dir():
+        return Path(name), str(Path(name).resolve())
+    repository = name.partition("@")[0]
+    is_path = Path(name).exists() or name.startswith((".", "/", "~"))
+    if is_path or repository.count("/") != 1:
+        raise UserError(
+            f"{name}: no such folder; --model takes a checkpoint folder "
+            "or a hub name such as Qwen/Qwen2.5-7B-Instruct"
+        )
+    folder, commit = hub_snapshot(name, files)
+    return folder, f"{repository}@{commit}"
+
+
+# --- processes and devices ----------------------------------------------------------------------
+
+
+class Ranks(NamedTuple):
+    """This process among those that torchrun started; (0, 1) under plain python."""
+
+    rank: int
+    world: int
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier()
+
+    def broadcast_from_rank0(self, ask: Callable[[], Any]) -> Any:
+        """What ask() gives rank 0, on every rank: of a folder that machines share, each may see
+        another state."""
+        found = [ask() if self.rank == 0 else None]
+        if self.world > 1:
+            dist.broadcast_object_list(found)
+        return found[0]
+
+    def sum(self, values: Tensor, device: torch.device) -> Tensor:
+        """The sum of every rank's `values`, a CPU tensor; NCCL needs them on `device` meanwhile."""
+        if self.world == 1:
+            return values
+        values = values.to(device)
+        dist.all_reduce(values)
+        return values.cpu()
+
+
+def init_distributed(device: str) -> Ranks:
+    """Join the process group that torchrun's environment describes, if any: NCCL on GPUs, gloo on
+    CPUs. `device` is the flag: auto, cpu or cuda. Raises UserError for more processes than GPUs."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world > 1:
+        use_cuda = device != "cpu" and torch.cuda.is_available()
+        if use_cuda:
+            local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+            gpus = torch.cuda.device_count()
+            if local > gpus:
+                raise UserError(
+                    f"{local} processes but {gpus} GPUs here; "
+                    "start as many as there are, or pass --device cpu"
+                )
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        # Whoever is done with its share of a long translation waits for the slowest, perhaps
+        # for longer than NCCL's ten minutes.
+        hours = datetime.timedelta(hours=6)
+        dist.init_process_group("nccl" if use_cuda else "gloo", timeout=hours)
+        atexit.register(dist.destroy_process_group)
+    return Ranks(int(os.environ.get("RANK", "0")), world)
+
+
+def claim_run(folder: str | Path, config: dict, ranks: Ranks) -> BinaryIO | None:
+    """`claim` by rank 0, and its refusal on every rank. Returns the lock, None on the others."""
+    lock, refusal = None, None
+    if ranks.rank == 0:
+        try:
+            lock = claim(folder, config)
+        except UserError as error:
+            refusal = str(error)
+    refusal = ranks.broadcast_from_rank0(lambda: refusal)
+    if refusal:
+        raise UserError(refusal)
+    return lock
+
+
+def add_device_arguments(parser: argparse.ArgumentParser) -> None:
+    where = "auto: a GPU if there is one"
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help=where)
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=["auto", "bfloat16", "float32"],
+        help="of the backbone; auto: bfloat16 on a GPU, float32 on a CPU",
+    )
+
+
+def device_and_dtype(device: str, dtype: str = "auto") -> tuple[torch.device, torch.dtype]:
+    """Where and how precisely the backbone computes: bf16 on a GPU and fp32 on a CPU unless `dtype`
+    says otherwise. Adapter parameters, optimizer and loss are fp32 everywhere. `device` is auto,
+    cpu or cuda. Raises UserError."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: no GPU is visible to torch")
+    if device == "cpu" or not torch.cuda.is_available():
+        where, precision = torch.device("cpu"), torch.float32
+    else:
+        where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        precision = torch.bfloat16
+    return where, precision if dtype == "auto" else getattr(torch, dtype)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """torch.bfloat16 -> "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
+# --- fast or plain ------------------------------------------------------------------------------
+
+
+def add_plain_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--plain",
+        action="store_true",
+        help="compute by the plain code of these scripts instead of fast/, which gives the same",
+    )
+
+
+def load_fast(plain: bool, ranks: Ranks) -> ModuleType | None:
+    """The package fast/, or None where --plain is given or this checkout lacks the folder, which is
+    said once on stderr."""
+    if plain:
+        return None
+    if not (Path(__file__).resolve().parents[1] / "fast").is_dir():
+        if ranks.rank == 0:
+            print("no fast/ in this checkout: running the plain scripts", file=sys.stderr)
+        return None
+    return importlib.import_module("fast")
+
+
+def engine_name(fast: ModuleType | None) -> str:
+    """What a run remembers of load_fast's answer, so that it is resumed by the same code."""
+    return "plain" if fast is None else "fast"
