@@ -14,7 +14,7 @@ PYTHON  = .venv/bin/python
 MODEL   = meta-llama/Meta-Llama-3-8B-Instruct
 CORPORA = corpora
 SOURCE  = publisher
-RUN     = runs/$(notdir $(MODEL))
+RUN     = runs/$(notdir $(MODEL:%/=%))
 GPUS    = .venv/bin/torchrun --standalone --nproc_per_node=2
 CPUS    = OMP_NUM_THREADS=1 $(GPUS)
 
@@ -24,8 +24,13 @@ tiny compare paper: export TORCH_CPP_LOG_LEVEL = ERROR
 
 .PHONY: tiny compare test lint paper world
 
+PYTHON_IS = import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else \
+  "make: needs Python 3.11 to 3.13 (COMET up to 3.12), and python3 is %d.%d; PYTHON3=... names another" % v)
+PYTHON3   = python3
+
 .venv/installed: requirements.txt
-	python3 -m venv .venv
+	@$(PYTHON3) -c '$(PYTHON_IS)'
+	$(PYTHON3) -m venv .venv
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 

@@ -14,7 +14,6 @@ of them in a batch, k of a token. As matrices, A is (R, D_in) and B (D_out, R).
 """
 
 import math
-import os
 from pathlib import Path
 
 import torch
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 from model import Config
 from support import runs
 from support.runs import UserError
-from support.weights import misfits, read_tensors
+from support.weights import check_adapter, misfits, read_tensors
 
 TARGET_MODULES = ("gate_proj", "up_proj", "down_proj")  # section A.1; others take --plain
 GROUPS = "en,de,is/cs,ru/zh"  # Table 4
@@ -308,9 +307,8 @@ def save_adapter(adapter: CrossLoRA, folder: str | Path, made_for: dict, steps: 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: p.detach().cpu().contiguous() for name, p in adapter.state_dict().items()}
-    temporary = folder / "adapter.safetensors.tmp"
-    save_file(tensors, temporary)
-    os.replace(temporary, folder / "adapter.safetensors")
+    with runs.replacing(folder / "adapter.safetensors") as temporary:
+        save_file(tensors, temporary)
     runs.write_json(folder / "adapter.json", {**settings_of(adapter), **made_for, "steps": steps})
 
 
@@ -324,11 +322,7 @@ def read_description(folder: str | Path) -> dict:
             "train.py (`train.py --stage 1` makes runs/stage1/adapter)"
         )
     description = runs.read_json(path)
-    needed = "variant languages rank alpha dropout groups top_k target_modules backbone "
-    needed += "backbone_fingerprint prompt_format prompt_sha256 tokenizer_sha256"
-    for key in needed.split():
-        if key not in description:
-            raise UserError(f"{path}: no {key!r} in it; train the adapter anew")
+    check_adapter(path, description)
     if description["variant"] not in ROUTES:
         known = ", ".join(ROUTES)
         raise UserError(f"{path}: variant {description['variant']!r} is unknown; known: {known}")
@@ -338,7 +332,8 @@ def read_description(folder: str | Path) -> dict:
 def adapter_from_description(description: dict, cfg: Config) -> CrossLoRA:
     """A fresh CrossLoRA as an adapter.json describes it, for a backbone of `cfg`'s shape."""
     settings = {key: description[key] for key in ("rank", "alpha", "dropout", "variant")}
-    settings.update(groups=description["groups"] or GROUPS, top_k=description["top_k"] or 1)
+    settings["groups"] = description.get("groups") or GROUPS
+    settings["top_k"] = description.get("top_k") or 1
     return CrossLoRA(cfg, description["languages"], **settings)
 
 
@@ -348,15 +343,16 @@ def load_adapter(folder: str | Path, cfg: Config, here: dict) -> tuple[CrossLoRA
     prompt than the adapter was made for, and names every tensor missing, extra or misshapen."""
     description = read_description(folder)
     check_made_for(folder, description, here)
-    adapter = adapter_from_description(description, cfg)
+    with torch.device("meta"):
+        adapter = adapter_from_description(description, cfg)
     tensors = read_tensors(Path(folder) / "adapter.safetensors")
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     expected = {name: tuple(p.shape) for name, p in adapter.state_dict().items()}
     wrong = misfits(expected, shapes)
     if wrong:
         raise UserError(f"{Path(folder) / 'adapter.safetensors'}: {wrong}")
-    adapter.load_state_dict(tensors)
-    return adapter, description
+    adapter.load_state_dict({name: t.float() for name, t in tensors.items()}, assign=True)
+    return adapter.requires_grad_(True), description
 
 
 def check_made_for(folder: str | Path, description: dict, here: dict) -> None:

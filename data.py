@@ -11,7 +11,7 @@ import hashlib
 import json
 import random
 import re
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,11 +19,11 @@ import numpy as np
 import tokenizers
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from model import Config, token_ids
+from model import Config
 from support import chat, corpora, runs
 from support.runs import UserError
+from support.text import comparable
 
 
 class Language(NamedTuple):
@@ -88,19 +88,20 @@ class Tokenizer:
         Raises UserError if tokenizer, template and checkpoint don't belong together."""
         path = Path(folder) / "tokenizer.json"
         raw = runs.read_json(path)
+        turn = None if prompt_format == "plain" else chat.render_turn(folder)
         try:
             self.added = {token["content"]: token for token in raw["added_tokens"]}
-            # So that no text becomes a control token, and no beginning of sentence is added.
-            raw.update(added_tokens=[], post_processor=None, truncation=None, padding=None)
+            self.control = self.control_tokens(turn, chat.end_ids(folder, cfg), cfg)
+            for token in raw["added_tokens"]:
+                token["special"] = token["content"] in self.control
+            raw.update(post_processor=None, truncation=None, padding=None)
             self.text = tokenizers.Tokenizer.from_str(json.dumps(raw))
+            self.text.encode_special_tokens = True  # as plain text: no text becomes a control token
         except Exception as error:  # tokenizers raises a bare Exception
             raise UserError(
                 f"{path}: not a tokenizer that `tokenizers` can load ({error})"
             ) from None
-        self.control = {content: token["id"] for content, token in self.added.items()}
-        self.check_checkpoint(path, cfg)
         self.sha256 = runs.file_sha256(path)
-        turn = None if prompt_format == "plain" else chat.render_turn(folder)
         self.format = "plain" if turn is None else "chat"
         before, after, behind_answer = turn or ("", "\n", "")
         self.template = before + PROMPT + "{text}" + after
@@ -112,26 +113,37 @@ class Tokenizer:
             self.control[p] for p in self.split_control(behind_answer) if p in self.control
         ]
         # What a target ends with comes first, then what else ends an output.
-        self.stop_ids = tuple(dict.fromkeys(end_of_turn[:1] + end_ids(folder, cfg)))
+        self.stop_ids = tuple(dict.fromkeys(end_of_turn[:1] + chat.end_ids(folder, cfg)))
         if not self.stop_ids:
             raise UserError(f"{path}: no end-of-turn token; config.json needs an eos_token_id")
+        self.check_checkpoint(path, cfg)
+
+    def control_tokens(self, turn: tuple | None, ends: list[int], cfg: Config) -> dict[str, int]:
+        """{content: id} of added tokens that steer the model: the special ones, and whatever ends a
+        text or stands in the template. The others are words like any."""
+        steering, template = {cfg.bos_token_id, *cfg.eos_token_ids, *ends}, "".join(turn or ())
+        control = {}
+        for content, token in self.added.items():
+            if token.get("special") or token["id"] in steering or content in template:
+                control[content] = token["id"]
+        return control
 
     def check_checkpoint(self, path: Path, cfg: Config) -> None:
-        """Raises UserError for ids that the model lacks."""
-        largest = max([*self.text.get_vocab().values(), *self.control.values()])
+        """Raises UserError for ids that the model lacks, unless nothing here uses them."""
+        used = {*self.bos, *self.stop_ids}
+        used.update(self.control[piece] for piece in self.pieces if piece in self.control)
+        used.update(i for word, i in self.text.get_vocab().items() if word not in self.control)
+        largest = max(used)
         if largest >= cfg.vocab_size:
             raise UserError(
                 f"{path}: does not match the checkpoint: token id {largest}, "
                 f"but the model has {cfg.vocab_size} rows"
             )
-        named = [("bos_token_id", cfg.bos_token_id)]
-        named += [("eos_token_id", end) for end in cfg.eos_token_ids]
-        for name, token in named:
+        for token in (cfg.bos_token_id, *cfg.eos_token_ids):
             if token is not None and token not in self.control.values():
-                raise UserError(
-                    f"{path}: does not match the checkpoint: "
-                    f"config.json's {name} {token} is no control token here"
-                )
+                name = "bos_token_id" if token == cfg.bos_token_id else "eos_token_id"
+                why = f"config.json's {name} {token} is no control token here"
+                raise UserError(f"{path}: does not match the checkpoint: {why}")
 
     def split_control(self, text: str) -> list[str]:
         """`text` of a template, cut at its control tokens, which are pieces of their own."""
@@ -171,14 +183,7 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: list[int]) -> str:
-        return self.text.decode(list(ids), skip_special_tokens=False).strip()
-
-
-def end_ids(folder: str | Path, cfg: Config) -> list[int]:
-    """What ends an output by the checkpoint's generation_config.json, else by its config.json."""
-    path = Path(folder) / "generation_config.json"
-    ends = token_ids(runs.read_json(path).get("eos_token_id")) if path.exists() else ()
-    return list(ends or cfg.eos_token_ids)
+        return self.text.decode(list(ids), skip_special_tokens=True).strip()
 
 
 # --- examples and batches -------------------------------------------------------------------------
@@ -269,7 +274,7 @@ def flores_rows(flores: list, languages: list[str], src_lang: str, tgt_lang: str
     s, t = languages.index(src_lang), languages.index(tgt_lang)
     rows = []
     for sentences in flores:
-        if sentences[s] and sentences[t]:
+        if comparable(sentences[s]) and comparable(sentences[t]):
             rows.append(pair_row(src_lang, tgt_lang, sentences[s], sentences[t], "flores-200"))
     return rows
 
@@ -279,11 +284,11 @@ def held_out_sentences(opus: dict, flores_test: list[tuple], languages: list[str
     may be trained on."""
     held_out = {}
     for i, lang in enumerate(languages):
-        held_out[lang] = {sentences[i] for sentences in flores_test}
+        held_out[lang] = {comparable(sentences[i]) for sentences in flores_test}
     for (lang, _), pairs in opus.items():
         for en, x in pairs:
-            held_out[PIVOT].add(en)
-            held_out[lang].add(x)
+            held_out[PIVOT].add(comparable(en))
+            held_out[lang].add(comparable(x))
     return held_out
 
 
@@ -302,7 +307,7 @@ def prepare(root: str | Path, languages: list[str], args: Namespace) -> tuple[di
     }
     held_out = held_out_sentences(opus, flores["devtest"], languages)
     report = {}
-    for lang in tqdm(others, desc="sampling", disable=None):
+    for lang in runs.progress(others, desc="sampling"):
         kept, count = corpora.clean(
             read_opus(root, lang, "train"),
             held_out[PIVOT],
@@ -312,10 +317,11 @@ def prepare(root: str | Path, languages: list[str], args: Namespace) -> tuple[di
         )
         random.Random(f"{args.seed} {lang}").shuffle(kept)
         sample, rest = kept[: args.train_pairs], kept[args.train_pairs :]
-        trained_on = {x for _, x in sample}
-        source = [(en, x) for en, x in rest if x not in trained_on][: args.pivot_pairs]
-        dev = [(en, x) for en, x in opus[lang, "dev"] if en and x][: args.dev_pairs]
-        test = [(en, x) for en, x in opus[lang, "test"] if en and x][: args.test_pairs]
+        trained_on = {comparable(x) for _, x in sample}
+        source = [pair for pair in rest if comparable(pair[1]) not in trained_on]
+        source = source[: args.pivot_pairs]
+        dev = corpora.full_pairs(opus[lang, "dev"])[: args.dev_pairs]
+        test = corpora.full_pairs(opus[lang, "test"])[: args.test_pairs]
         files["stage1.train"] += both_ways(lang, sample)
         files["stage1.dev"] += both_ways(lang, dev)
         files["test"] += both_ways(lang, test)
@@ -323,7 +329,7 @@ def prepare(root: str | Path, languages: list[str], args: Namespace) -> tuple[di
         report[lang] = {**count, "stage1": len(sample), "pivot_source": len(source)}
         report[lang].update(dev=len(dev), test=len(test))
     for src_lang, tgt_lang in all_directions(languages):
-        train = flores_rows(flores["dev"], languages, src_lang, tgt_lang)
+        train = flores_rows(flores["dev"], languages, src_lang, tgt_lang)[: args.flores_pairs]
         if is_non_english((src_lang, tgt_lang)):
             test = flores_rows(flores["devtest"], languages, src_lang, tgt_lang)
             files["stage2.flores"] += train
@@ -375,7 +381,7 @@ def read_stage_data(
 
 
 def parse_args() -> Namespace:
-    parser = ArgumentParser(description=__doc__, formatter_class=runs.HelpFormatter)
+    parser = runs.ArgumentParser(__doc__)
     add = parser.add_argument
     add("--data", default="corpora", help="folder of the corpora as published (support/corpora.py)")
     sources = ["folder", "publisher", "hub"]
@@ -388,6 +394,7 @@ def parse_args() -> Namespace:
     add("--dev-pairs", type=int, default=2000, help="per direction (Table 5)")
     add("--test-pairs", type=int, default=2000, help="per direction at most (Table 5)")
     add("--pivot-pairs", type=int, default=100000, help="sentences per language, for pivot.py")
+    add("--flores-pairs", type=int, help="FLORES-200's per direction at most (Table 5: all 997)")
     noise = "noise to remove from OPUS-100's training pairs, or none; each kind is counted"
     add("--drop", default=",".join(corpora.NOISE), help=noise)
     ratio = "length ratio that is noise; 4 of 95,841 human pairs of WMT and Tatoeba exceed 5"
@@ -399,7 +406,7 @@ def parse_args() -> Namespace:
     if not set(args.drop) <= set(corpora.NOISE):
         known = ", ".join(corpora.NOISE)
         raise UserError(f"--drop {','.join(args.drop)}: takes {known}, or none")
-    runs.at_least(0, args, "train_pairs", "dev_pairs", "test_pairs", "pivot_pairs")
+    runs.at_least(0, args, "train_pairs", "dev_pairs", "test_pairs", "pivot_pairs", "flores_pairs")
     runs.at_least(1, args, "max_ratio")
     return args
 
@@ -407,9 +414,11 @@ def parse_args() -> Namespace:
 def main() -> None:
     args = parse_args()
     out, languages = Path(args.out), args.languages.split(",")
-    config = {k: v for k, v in vars(args).items() if k not in ("out", "source")}
+    config = {k: v for k, v in vars(args).items() if k not in ("out", "source", "data")}
+    config["data"] = str(Path(args.data).resolve())
     runs.check_claim(out, config)
-    if (out / "manifest.json").exists():
+    made = (out / "manifest.json").exists()
+    if made and runs.all_there(out, runs.read_json(out / "manifest.json").get("files", ())):
         print(f"{out}: prepared already")
         return
     pairs = [opus_pair(lang) for lang in languages if lang != PIVOT]

@@ -9,18 +9,16 @@ Under torchrun several processes translate. Writes hypotheses.jsonl, scores.json
 maps, which support/report.py compares. The same command again continues a stopped run.
 """
 
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
-
-from tqdm import tqdm
 
 from data import LANGUAGES, all_directions
 from generate import add_engine_arguments, check_languages, default_adapter
 from support import runs
 from support.baselines import add_system_argument, engine_of
 from support.corpora import read_jsonl
-from support.report import averages, by_direction, direction_table, heat_maps, table_1
+from support.report import by_direction, direction_table, heat_maps, table_1, write_scores
 from support.runs import UserError
 from support.scores import comet_scores, language_identifier, load_comet, score
 from support.translations import translate_jsonl, translate_via_english
@@ -55,7 +53,7 @@ def parse_direction(text: str) -> tuple[str, ...]:
 
 
 def parse_args() -> Namespace:
-    parser = ArgumentParser(description=__doc__, formatter_class=runs.HelpFormatter)
+    parser = runs.ArgumentParser(__doc__)
     add = parser.add_argument
     thirty = "every ordered pair of the test set's languages (30 in the paper)"
     add("--all-directions", action="store_true", help=thirty)
@@ -113,27 +111,10 @@ def known_comet(old: dict, hypotheses_sha256: str, directions: dict) -> str | No
     return old["comet"]
 
 
-def write_scores(
-    out: Path, config: dict, directions: dict, comet: str | None, notes: list[str], sha256: str
-) -> dict:
-    """scores.json and table.md of `directions`, {"de-zh": scores}; returns what the first holds."""
-    scores = {
-        "config": config,
-        "averages": averages(directions),
-        "directions": directions,
-        "notes": notes + ([f"COMET: {comet}, times 100"] if comet else []),
-        "comet": comet,
-        "hypotheses_sha256": sha256,
-    }
-    runs.write_json(out / "scores.json", scores)
-    runs.write_atomic(out / "table.md", direction_table(scores))
-    return scores
-
-
 def score_all(args: Namespace, out: Path, config: dict, rows: dict, identify: Callable) -> None:
     """Score the hypotheses of {direction: rows}, write and print the tables."""
     directions = {}
-    for pair, part in tqdm(rows.items(), desc="scoring", disable=None):
+    for pair, part in runs.progress(rows.items(), desc="scoring"):
         directions["-".join(pair)] = score(part, pair[1], identify)
     sha256, notes = runs.file_sha256(out / "hypotheses.jsonl"), []
     old = runs.read_json(out / "scores.json") if (out / "scores.json").exists() else {}
@@ -164,10 +145,10 @@ def score_all(args: Namespace, out: Path, config: dict, rows: dict, identify: Ca
 def main() -> None:
     args = parse_args()
     out, wanted = Path(args.out), "all" if args.all_directions else args.directions
-    ranks = runs.init_distributed(args.device)
+    ranks = runs.init_distributed(args.device, args.timeout)
     rows, source = read_test(args, wanted)
     flat = [row for part in rows.values() for row in part]
-    config = {"directions": wanted, "source": source, "source_sha256": runs.file_sha256(source)}
+    config = {"directions": wanted, "source_sha256": runs.file_sha256(source)}
     engine, via_english = None, False
     if not args.hypotheses:
         engine = engine_of(args, ranks)

@@ -9,9 +9,7 @@ by which pivot.py and evaluate.py translate. Shapes: B rows, T tokens, D hidden,
 """
 
 import itertools
-import os
-import sys
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -19,7 +17,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from crosslora import CrossLoRA, load_adapter, read_description
 from data import LANGUAGES, Tokenizer
@@ -27,7 +24,8 @@ from model import CausalLM, Config, KVCache, load
 from support import runs
 from support.corpora import read_jsonl
 from support.runs import UserError
-from support.translations import Translator, decoding_order, translate_jsonl
+from support.text import input_lines, is_empty
+from support.translations import Translator, decoding_order, report_cut, translate_jsonl
 
 
 class Row(NamedTuple):
@@ -193,7 +191,7 @@ def check_languages(engine: Translator, languages: set[str], who: str) -> None:
 # --- the command ----------------------------------------------------------------------------------
 
 
-def add_translation_arguments(parser: ArgumentParser) -> None:
+def add_translation_arguments(parser: runs.ArgumentParser) -> None:
     add = parser.add_argument
     together = "sentences decoded together; in fp32 it does not change results"
     add("--batch-size", type=int, default=128, help=together)
@@ -201,7 +199,7 @@ def add_translation_arguments(parser: ArgumentParser) -> None:
     runs.add_device_arguments(parser)
 
 
-def add_engine_arguments(parser: ArgumentParser) -> None:
+def add_engine_arguments(parser: runs.ArgumentParser) -> None:
     """Flags of every script that translates with load_engine()."""
     add = parser.add_argument
     add("--model", help="backbone: folder or hub name; default: the adapter's; alone: no adapter")
@@ -213,7 +211,7 @@ def add_engine_arguments(parser: ArgumentParser) -> None:
 
 
 def parse_args() -> Namespace:
-    parser = ArgumentParser(description=__doc__, formatter_class=runs.HelpFormatter)
+    parser = runs.ArgumentParser(__doc__)
     add = parser.add_argument
     add("text", nargs="?", help="sentence; without it and without --input, lines of stdin")
     add("--src", help="source language code")
@@ -244,34 +242,21 @@ def read_rows(args: Namespace) -> list[dict]:
             raise UserError(f"{flag} {wrong}; known: {', '.join(LANGUAGES)}")
     if args.src == args.tgt:
         raise UserError(f"--src and --tgt are both {args.src}")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if runs.launch().world > 1:
         raise UserError(
             "a text or stdin is work for one process; under torchrun give --input and --output"
         )
-    lines = read_lines(args.text)
+    lines = input_lines(args.text)
     return [{"src_lang": args.src, "tgt_lang": args.tgt, "src": line} for line in lines]
-
-
-def read_lines(text: str | None) -> list[str]:
-    """The text, or lines of stdin. Raises UserError for what isn't UTF-8."""
-    try:
-        if text is not None:
-            text.encode()
-            return [text]
-        lines = sys.stdin.buffer.read().decode().split("\n")
-    except UnicodeError:
-        raise UserError("the text is not UTF-8") from None
-    return lines[:-1] if not lines[-1] else lines  # behind the last line's end is no other
 
 
 def translate_lines(engine: Engine, rows: list[dict], args: Namespace) -> list[dict]:
     """Translate `rows` to stdout, a line for a line; an empty line stays an empty line."""
-    numbers = [i for i, row in enumerate(rows) if row["src"].strip()]
+    numbers = [i for i, row in enumerate(rows) if not is_empty(row["src"])]
     full = [rows[i] for i in numbers]
     each = engine.translate_each(full, args.max_new_tokens, args.batch_size)
-    no_bar = len(full) <= args.batch_size or None
     done = [{"hyp": "", "finish": "stop"} for _ in rows]
-    for n, hyp, finish in tqdm(each, total=len(full), desc="translating", disable=no_bar):
+    for n, hyp, finish in runs.progress(each, total=len(full), desc="translating"):
         done[numbers[n]] = {"hyp": hyp, "finish": finish}
     for row in done:
         print(" ".join(row["hyp"].splitlines()))
@@ -281,7 +266,7 @@ def translate_lines(engine: Engine, rows: list[dict], args: Namespace) -> list[d
 def main() -> None:
     args = parse_args()
     rows = read_rows(args)
-    ranks = runs.init_distributed(args.device)
+    ranks = runs.init_distributed(args.device, args.timeout)
     fast = runs.load_fast(args.plain, ranks)
     engine = load_engine(
         args.model, args.adapter, args.prompt_format, args.device, args.dtype, fast
@@ -293,10 +278,8 @@ def main() -> None:
         done = translate_jsonl(engine, rows, args.output, size, most, ranks, "translating")
     else:
         done = translate_lines(engine, rows, args)
-    cut = sum(row["finish"] == "length" for row in done)
-    if cut and ranks.rank == 0:
-        said = f"{cut} of {len(done)} outputs were cut off at --max-new-tokens {most}"
-        print(said, file=sys.stderr)
+    if ranks.rank == 0:
+        report_cut(done, args.max_new_tokens)
 
 
 if __name__ == "__main__":

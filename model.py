@@ -18,11 +18,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from support.runs import UserError, read_json
-from support.weights import misfits, read_shapes, shard_files
+from support.weights import check_config, misfits, open_weights, read_shapes, shard_files
 
 ROPE_KEYS = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
 
@@ -52,32 +51,28 @@ class Config:
         """Read `folder/config.json`. Raises UserError for what this file does not compute."""
         path = Path(folder) / "config.json"
         raw = read_json(path)
+        check_config(path, raw)
         rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
         rope_type = rope.get("rope_type", rope.get("type", "default"))
         check_architecture(path, raw, rope, rope_type)
-        try:
-            heads = raw["num_attention_heads"]
-            return cls(
-                model_type=raw["model_type"],
-                vocab_size=raw["vocab_size"],
-                hidden_size=raw["hidden_size"],
-                intermediate_size=raw["intermediate_size"],
-                num_hidden_layers=raw["num_hidden_layers"],
-                num_attention_heads=heads,
-                num_key_value_heads=raw.get("num_key_value_heads") or heads,
-                head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
-                rms_norm_eps=raw["rms_norm_eps"],
-                rope_theta=float(raw.get("rope_theta") or rope.get("rope_theta") or 10000.0),
-                rope_scaling=dict(rope) if rope_type == "llama3" else None,
-                tie_word_embeddings=raw.get("tie_word_embeddings", False),
-                max_position_embeddings=raw["max_position_embeddings"],
-                bos_token_id=raw.get("bos_token_id"),
-                eos_token_ids=token_ids(raw.get("eos_token_id")),
-            )
-        except KeyError as missing:
-            raise UserError(
-                f"{path}: no {missing} in it; is this the config.json of a Llama or Qwen2 model?"
-            ) from None
+        heads = raw["num_attention_heads"]
+        return cls(
+            model_type=raw["model_type"],
+            vocab_size=raw["vocab_size"],
+            hidden_size=raw["hidden_size"],
+            intermediate_size=raw["intermediate_size"],
+            num_hidden_layers=raw["num_hidden_layers"],
+            num_attention_heads=heads,
+            num_key_value_heads=raw.get("num_key_value_heads") or heads,
+            head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
+            rms_norm_eps=raw["rms_norm_eps"],
+            rope_theta=float(raw.get("rope_theta") or rope.get("rope_theta") or 10000.0),
+            rope_scaling=dict(rope) if rope_type == "llama3" else None,
+            tie_word_embeddings=bool(raw.get("tie_word_embeddings")),
+            max_position_embeddings=raw["max_position_embeddings"],
+            bos_token_id=raw.get("bos_token_id"),
+            eos_token_ids=token_ids(raw.get("eos_token_id")),
+        )
 
 
 def check_architecture(path: Path, raw: dict, rope: dict, rope_type: str) -> None:
@@ -342,16 +337,24 @@ def load(
     shapes = {}
     for file in files:
         shapes.update(read_shapes(file))
-    wrong = misfits({name: tuple(p.shape) for name, p in model.named_parameters()}, shapes)
+    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    tied = model.cfg.tie_word_embeddings
+    if tied and "lm_head.weight" in shapes:  # some publish it all the same
+        expected["lm_head.weight"] = expected["model.embed_tokens.weight"]
+    wrong = misfits(expected, shapes)
     if wrong:
         raise UserError(f"{folder}: {wrong}")
     tensors = {}
     for file in files:
-        with safe_open(file, framework="pt", device=str(device)) as shard:
-            for name in shard.keys():  # noqa: SIM118 - not a dict
+        with open_weights(file, device) as shard:
+            for name in shapes.keys() & shard.keys():
                 tensors[name] = shard.get_tensor(name).to(dtype)
-    if model.cfg.tie_word_embeddings:
-        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    if tied:
+        embeddings = tensors["model.embed_tokens.weight"]
+        if not torch.equal(tensors.get("lm_head.weight", embeddings), embeddings):
+            why = "config.json ties lm_head.weight to the embeddings, but it is another matrix"
+            raise UserError(f"{folder}: {why}")
+        tensors["lm_head.weight"] = embeddings
     model.load_state_dict(tensors, assign=True)
     model.tie_weights()
     model.inv_freq = model.inv_freq.to(device)

@@ -12,7 +12,7 @@ pseudo.dev.jsonl, report.json and report.md. The same command again continues a 
 import hashlib
 import math
 import random
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -25,15 +25,16 @@ from support.corpora import length_ratio, read_jsonl
 from support.report import pivot_table
 from support.runs import UserError
 from support.scores import language_identifier
+from support.text import comparable, is_empty, is_repetitive
 from support.translations import translate_jsonl
 
-RULES = ("empty", "cut_off", "off_target", "length_ratio", "duplicate")
+RULES = ("empty", "cut_off", "off_target", "length_ratio", "duplicate", "repetitive")
 
 
 def rejected(row: dict, lang: str, source: str, identify: Callable, max_ratio: float) -> str | None:
     """The first rule of section A.2 that the translation `row` of `source` into `lang` breaks, or
     None."""
-    if not row["hyp"].strip():
+    if is_empty(row["hyp"]):
         return "empty"
     if row["finish"] == "length":
         return "cut_off"
@@ -49,9 +50,15 @@ class PseudoCorpus:
     English translation of a sentence serves all targets of its language."""
 
     def __init__(
-        self, sources: dict[str, list[str]], pairs: int, identify: Callable, max_ratio: float
+        self,
+        sources: dict[str, list[str]],
+        pairs: int,
+        identify: Callable,
+        max_ratio: float,
+        drop_repetitive: bool = False,
     ):
         """sources: each language's sentences in the order in which they are used."""
+        self.drop_repetitive = drop_repetitive
         self.sources, self.pairs = sources, pairs
         self.identify, self.max_ratio = identify, max_ratio
         self.used = dict.fromkeys(sources, 0)  # sentences
@@ -82,6 +89,8 @@ class PseudoCorpus:
             for d in self.out_of(x):
                 rates.append((len(self.kept[d]) + 1) / (self.counts[d]["generated"] + 1))
             take = math.ceil(1.1 * self.missing(x) / max(min(rates), 0.1))
+            if self.used[x]:  # the last pairs come in rounds of at least a batch
+                take = max(take, 128)
             for text in sentences[self.used[x] : self.used[x] + take]:
                 rows.append({"src_lang": x, "tgt_lang": PIVOT, "src": text})
             self.used[x] = min(self.used[x] + take, len(sentences))
@@ -108,13 +117,15 @@ class PseudoCorpus:
         for row in targets:
             d, hyp = (row["x_lang"], row["tgt_lang"]), row["hyp"]
             why = rejected(row, d[1], row["x"], self.identify, self.max_ratio)
-            if why is None and hyp in self.kept[d]:
+            if why is None and comparable(hyp) in self.kept[d]:
                 why = "duplicate"
+            if why is None and self.drop_repetitive and is_repetitive(hyp):
+                why = "repetitive"
             if why:
                 self.counts[d][why] += 1
             elif len(self.kept[d]) < self.pairs:
                 pair = pair_row(*d, row["x"], hyp, "pseudo")
-                self.kept[d][hyp] = {**pair, "pivot": row["src"]}
+                self.kept[d][comparable(hyp)] = {**pair, "pivot": row["src"]}
             else:
                 self.counts[d]["generated"] -= 1  # more than was wanted: neither kept nor dropped
 
@@ -125,13 +136,16 @@ class PseudoCorpus:
         for d in self.directions:
             pairs = sorted(self.kept[d].values(), key=source_hash)
             aside = round(dev_share * len(pairs))
+            if dev_share and len(pairs) > 1:  # a small trial has a dev pair, too
+                aside = max(1, aside)
             dev += pairs[:aside]
             train += pairs[aside:]
             ended = f"source ran out after {self.used[d[0]]} sentences"
             if len(pairs) == self.pairs:
                 ended = "complete"
             report["-".join(d)] = {"generated": 0, **self.counts[d], "kept": len(pairs)}
-            report["-".join(d)]["ended"] = ended
+            repetitive = sum(is_repetitive(pair["tgt"]) for pair in pairs)
+            report["-".join(d)].update({"of these repetitive": repetitive, "ended": ended})
         return train, dev, report
 
 
@@ -140,7 +154,7 @@ def source_hash(row: dict) -> bytes:
 
 
 def parse_args() -> Namespace:
-    parser = ArgumentParser(description=__doc__, formatter_class=runs.HelpFormatter)
+    parser = runs.ArgumentParser(__doc__)
     add = parser.add_argument
     add("--data", default="data", help="folder that data.py wrote; pivot.source.jsonl is read")
     add("--out", default="runs/pseudo", help="folder for the pseudo pairs and the report")
@@ -148,11 +162,13 @@ def parse_args() -> Namespace:
     add("--dev-share", type=float, default=0.1, help="set aside as dev (section A.2, Table 5)")
     letters = "longer over shorter side in letters, a Chinese character being three (section A.2)"
     add("--max-ratio", type=float, default=2.5, help=letters)
+    add("--max-tries", type=int, default=20, help="source sentences at most, per wanted pair")
+    add("--drop-repetitive", action="store_true", help="targets that go round in circles, too")
     add("--seed", type=int, default=0, help="of the order of sentences")
     add_engine_arguments(parser)
     add_system_argument(parser)
     args = parser.parse_args()
-    runs.at_least(1, args, "batch_size", "max_new_tokens", "pairs", "max_ratio")
+    runs.at_least(1, args, "batch_size", "max_new_tokens", "pairs", "max_ratio", "max_tries")
     runs.within(1, args, "dev_share")
     if args.adapter is None and args.model is None and args.system is None:
         args.adapter = "runs/stage1/adapter"
@@ -166,7 +182,7 @@ def read_sources(args: Namespace) -> tuple[list[str], dict[str, list[str]]]:
         raise UserError(f"{file}: no such file; `python data.py --source publisher` makes it")
     pool = {}
     for row in read_jsonl(file, LANGUAGES, need=("src",)):
-        pool.setdefault(row["src_lang"], {})[row["src"]] = None
+        pool.setdefault(row["src_lang"], {}).setdefault(comparable(row["src"]), row["src"])
     if not pool:
         todo = "data.py --train-pairs must leave some of OPUS-100 to the pivot"
         raise UserError(f"{file}: no sentences in it; {todo}")
@@ -178,28 +194,33 @@ def read_sources(args: Namespace) -> tuple[list[str], dict[str, list[str]]]:
     sources = {}
     for lang in languages:
         if lang != PIVOT:
-            sentences = list(pool.get(lang, {}))
-            sources[lang] = random.Random(f"{args.seed} {lang}").sample(sentences, len(sentences))
+            sentences = list(pool.get(lang, {}).values())
+            order = random.Random(f"{args.seed} {lang}").sample(sentences, len(sentences))
+            sources[lang] = order[: args.pairs * args.max_tries]
     return languages, sources
 
 
 def main() -> None:
     args = parse_args()
     out = Path(args.out)
-    ranks = runs.init_distributed(args.device)
+    ranks = runs.init_distributed(args.device, args.timeout)
     languages, sources = read_sources(args)
     engine = engine_of(args, ranks)
     check_languages(engine, set(languages), args.adapter or args.system or args.model)
-    settings = ("pairs", "dev_share", "max_ratio", "seed", "max_new_tokens")
+    settings = ("pairs", "dev_share", "max_ratio", "seed", "max_new_tokens", "max_tries")
+    settings += ("drop_repetitive",)
     config = {**engine.identity, **{name: getattr(args, name) for name in settings}}
     config["source_sha256"] = runs.file_sha256(Path(args.data) / "pivot.source.jsonl")
     lock = runs.claim_run(out, config, ranks)
-    if ranks.broadcast_from_rank0((out / "report.json").exists):
+    files = ("report.json", "report.md", "pseudo.train.jsonl", "pseudo.dev.jsonl")
+    if ranks.broadcast_from_rank0(lambda: runs.all_there(out, files)):
         if ranks.rank == 0:
             print(f"{out}: made already\n{(out / 'report.md').read_text(encoding='utf-8')}", end="")
         return
     (out / "rounds").mkdir(exist_ok=True)
-    corpus = PseudoCorpus(sources, args.pairs, language_identifier(languages), args.max_ratio)
+    identify = language_identifier(languages)
+    rules = identify, args.max_ratio, args.drop_repetitive
+    corpus = PseudoCorpus(sources, args.pairs, *rules)
 
     def translate(rows: list[dict], number: int, hop: str) -> list[dict]:
         file = out / "rounds" / f"{number}.{hop}.jsonl"

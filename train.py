@@ -13,7 +13,8 @@ import json
 import math
 import os
 import sys
-from argparse import ArgumentParser, Namespace
+import time
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, TextIO
@@ -193,7 +194,7 @@ def means(sums: Tensor, rdrop_alpha: float) -> dict:
 
 
 def parse_args() -> Namespace:
-    parser = ArgumentParser(description=__doc__, formatter_class=runs.HelpFormatter)
+    parser = runs.ArgumentParser(__doc__)
     add = parser.add_argument
     add("--stage", type=int, choices=[1, 2], required=True, help="section 3.3")
     llama = "meta-llama/Meta-Llama-3-8B-Instruct"
@@ -256,7 +257,9 @@ def run_config(
 ) -> dict:
     """A run's settings: with others it is not resumed. Raises UserError for an --init-adapter that
     was made with others, and for --groups and --top-k that don't fit."""
-    may_change = ("out", "micro_batch_size", "device", "dry_run", "plain")
+    # Of files it is the content that counts, wherever they lie.
+    may_change = ("out", "micro_batch_size", "device", "dry_run", "plain", "timeout")
+    may_change += ("model", "data", "pseudo", "init_adapter")
     config = {name: value for name, value in vars(args).items() if name not in may_change}
     config.update(tokenizer.describe(), languages=languages)
     config["files"] = {file.name: runs.file_sha256(file) for file in files}
@@ -319,8 +322,8 @@ def save_checkpoint(run: Run, step: int, log: TextIO) -> None:
         "optimizer": run.optimizer.state_dict(),
     }
     path = Path(run.args.out) / "checkpoint.pt"
-    torch.save(state, f"{path}.tmp")
-    os.replace(f"{path}.tmp", path)
+    with runs.replacing(path) as temporary, open(temporary, "wb") as file:
+        torch.save(state, file)
 
 
 def load_checkpoint(run: Run) -> tuple[int, int]:
@@ -328,7 +331,8 @@ def load_checkpoint(run: Run) -> tuple[int, int]:
     args, path = run.args, Path(run.args.out) / "checkpoint.pt"
     if not run.ranks.broadcast_from_rank0(path.exists):
         return 0, 0
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    with runs.file_errors(path, "cut off or damaged; remove it to start the run over"):
+        state = torch.load(path, map_location="cpu", weights_only=True)
     if state["backbone_fingerprint"] != run.made_for["backbone_fingerprint"]:
         why = f"was started on another backbone than the {args.model} of now"
         raise UserError(f"{args.out}: {why}; choose another --out")
@@ -344,13 +348,12 @@ def check_finite(number: float, what: str, step: int, args: Namespace) -> None:
         raise UserError(f"{args.out}: {why}")
 
 
-def fit(run: Run, step: int, log: TextIO) -> None:
-    """The loop, from `step` (0, or a checkpoint's) to the last."""
+def fit(run: Run, step: int, log: TextIO, end: runs.Termination) -> None:
+    """The loop, from `step` (0, or a checkpoint's) to the last, or to where `end` is agreed."""
     args, ranks, train = run.args, run.ranks, run.train
-    no_bar = None if ranks.rank == 0 else True  # None: where stderr is no terminal
-    bar = tqdm(total=run.total, initial=step, desc=f"stage {args.stage}", disable=no_bar)
+    bar = runs.progress(None, ranks.rank, total=run.total, initial=step, desc=f"stage {args.stage}")
     worst = torch.zeros((), device=run.loss.model.device)  # the largest gradient norm so far
-    order = None
+    order, since, tokens = None, time.monotonic(), 0
     while step < run.total:
         epoch, position = divmod(step, run.steps_per_epoch)
         if order is None or position == 0:
@@ -363,6 +366,7 @@ def fit(run: Run, step: int, log: TextIO) -> None:
         # Every step and rank has dropout masks of its own, which resume without saved state.
         torch.manual_seed((args.seed * 1_000_003 + step) * 4096 + ranks.rank)
         run.optimizer.zero_grad(set_to_none=True)  # None, not 0: an unused expert is not touched
+        tokens += sum(len(example.ids) - 1 for example in batch)
         sums = backward(run.ddp, batch, args, ranks, run.cut)
         used = [p for p in run.loss.adapter.parameters() if p.grad is not None]
         norm = torch.nn.utils.clip_grad_norm_(used, args.max_grad_norm or math.inf)
@@ -372,7 +376,8 @@ def fit(run: Run, step: int, log: TextIO) -> None:
 
         at_end = step % run.steps_per_epoch == 0 or step == run.total
         logs = step % args.log_every == 0 or step == run.total
-        saves = step % args.save_every == 0 or at_end
+        ends = end.agreed() and step < run.total
+        saves = step % args.save_every == 0 or at_end or ends
         if logs or saves:  # not at every step, since .item() synchronises the GPU
             check_finite(worst.item(), "the gradient norm", step, args)
         if logs:
@@ -381,6 +386,9 @@ def fit(run: Run, step: int, log: TextIO) -> None:
             loss = total_loss(nll, kl, args.rdrop_alpha)
             line = {"step": step, "epoch": round(step / run.steps_per_epoch, 4), "lr": lr}
             line.update(nll=nll, kl=kl, loss=loss, grad_norm=norm.item())
+            seconds = time.monotonic() - since  # and tokens, of the steps since the last line
+            line.update(seconds=round(seconds, 2), tokens_per_s=round(tokens / seconds))
+            since, tokens = time.monotonic(), 0
             print(json.dumps(line), file=log, flush=True)
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
         bar.update()
@@ -388,6 +396,8 @@ def fit(run: Run, step: int, log: TextIO) -> None:
             end_epoch(run, step, log, bar)
         if saves and ranks.rank == 0:
             save_checkpoint(run, step, log)
+        if ends:
+            raise SystemExit(143)  # 128 + SIGTERM, as schedulers expect
     bar.close()
 
 
@@ -428,12 +438,16 @@ def execute(run: Run, config: dict, dropped: int, dev_dropped: int) -> None:
     if chief:
         print(json.dumps({**config, **summary}, ensure_ascii=False))
         resuming = f"; resuming at step {step}" if step else ""
-        print(f"batch {batch}; {run.total} steps{resuming}", flush=True)
+        where = f"{run.loss.model.device} in {config['dtype']}"
+        print(f"batch {batch}; {run.total} steps on {where}{resuming}", flush=True)
     with open(out / "metrics.jsonl" if chief else os.devnull, "a") as log:
         if chief:  # lines that the checkpoint does not know are written again
-            log.seek(log.truncate(log_bytes))
-        fit(run, step, log)
+            log.seek(log.truncate(min(log_bytes, os.path.getsize(log.name))))
+        with runs.Termination(run.ranks) as end:
+            fit(run, step, log, end)
     run.ranks.barrier()
+    if chief and not (out / "adapter/adapter.safetensors").exists():  # removed since its last epoch
+        crosslora.save_adapter(run.loss.adapter, out / "adapter", run.made_for, run.total)
     if chief:
         runs.write_json(out / "summary.json", summary)
         lock.close()
@@ -442,7 +456,7 @@ def execute(run: Run, config: dict, dropped: int, dev_dropped: int) -> None:
 
 def main() -> None:
     args = parse_args()
-    ranks = runs.init_distributed(args.device)
+    ranks = runs.init_distributed(args.device, args.timeout)
     out = Path(args.out)
     if args.batch_size % (ranks.world * args.micro_batch_size):
         raise UserError(
@@ -463,9 +477,10 @@ def main() -> None:
     cfg = Config.load(folder)
     tokenizer = Tokenizer(folder, cfg, args.prompt_format)
     config = run_config(args, cfg, languages, tokenizer, files)
-    config.update(dtype=runs.dtype_name(dtype), engine=runs.engine_name(fast))
+    config.update(backbone=backbone, dtype=runs.dtype_name(dtype), engine=runs.engine_name(fast))
     runs.check_claim(out, config)
-    if ranks.broadcast_from_rank0((out / "summary.json").exists):
+    results = ("summary.json", "adapter/adapter.json", "adapter/adapter.safetensors")
+    if ranks.broadcast_from_rank0(lambda: runs.all_there(out, results)):
         if ranks.rank == 0:
             print(f"{out}: finished already; the adapter is in {out / 'adapter'}")
         return

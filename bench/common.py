@@ -1,7 +1,6 @@
 """What the benches share: sizes, random weights that ours and the peers load, sentences, repeats,
 another checkout to compare with, the report."""
 
-import argparse
 import contextlib
 import ctypes
 import json
@@ -26,7 +25,7 @@ import model as backbone
 from crosslora import TARGET_MODULES, CrossLoRA
 from data import LANGUAGES, PIVOT, Tokenizer, read_flores, read_opus
 from fast.kernels import frozen_matmul, packed
-from support.runs import HelpFormatter
+from support.runs import ArgumentParser
 
 SIZES = {  # XS is for the tests; S; M: Qwen2.5-0.5B's shape; L: Llama-3-8B's
     "XS": {
@@ -83,7 +82,7 @@ OURS = ("ours", "plain")  # by fast/, and by the seven scripts alone
 
 def bench_parser(doc):
     """The flags of every bench."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=HelpFormatter)
+    parser = ArgumentParser(doc)
     add = parser.add_argument
     add("--size", default="S", choices=list(SIZES))
     real = "folder with real tokenizers and text; the toy world without it"

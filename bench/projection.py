@@ -10,20 +10,19 @@ generate_L_alone.json): of one batch of 32 pairs, and of 4,096 sentences with th
 prompts.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from support.report import markdown
-from support.runs import HelpFormatter
+from support.runs import ArgumentParser
 
 LAYERS, HEAD = 32 * 218_103_808, 128_256 * 4096  # weights of Llama-3-8B: layers without norms, head
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = ArgumentParser(__doc__)
     add = parser.add_argument
     add("--tflops", type=float, default=451, help="rate of training, bf16")
     with_prompts = "new tokens per second, prompts read as well"

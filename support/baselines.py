@@ -9,7 +9,7 @@ V vocabulary.
 """
 
 import sys
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -197,7 +197,7 @@ class Baseline:
                 yield i, text, finish
 
 
-def add_system_argument(parser: ArgumentParser) -> None:
+def add_system_argument(parser: runs.ArgumentParser) -> None:
     in_place = "a prior system in place of --adapter or --model (section 4.3)"
     parser.add_argument("--system", choices=list(SYSTEMS), help=in_place)
 
@@ -215,7 +215,7 @@ def engine_of(args: Namespace, ranks: Ranks) -> Engine | Baseline:
 
 
 def main() -> None:
-    parser = ArgumentParser(description=__doc__, formatter_class=runs.HelpFormatter)
+    parser = runs.ArgumentParser(__doc__)
     add = parser.add_argument
     add("--system", required=True, choices=list(SYSTEMS), help="section 4.3")
     add("--model", help="folder or hub name; default: the size that the paper compares")
@@ -227,7 +227,7 @@ def main() -> None:
     runs.at_least(1, args, "batch_size", "max_new_tokens")
     runs.check_output(args.output)
     rows = read_jsonl(args.input, LANGUAGES, need=("src",))
-    ranks = runs.init_distributed(args.device)
+    ranks = runs.init_distributed(args.device, args.timeout)
     engine = Baseline(args.system, args.model, args.device, args.dtype)
     languages = {row["src_lang"] for row in rows} | {row["tgt_lang"] for row in rows}
     check_languages(engine, languages, args.system)

@@ -9,7 +9,8 @@ import jinja2
 import jinja2.ext
 import jinja2.sandbox
 
-from support.runs import UserError, read_json, read_text, reason
+from model import Config, token_ids
+from support.runs import UserError, file_errors, read_json, read_text, reason
 
 PLACEHOLDER = "PLACEHOLDER-OF-THE-TEXT"  # plain letters, which no template alters
 # Templates that name today's date (Llama-3.1's and later) get this one, which Llama's own fall back
@@ -54,16 +55,17 @@ def read_template(folder: str | Path) -> tuple[str | None, dict, Path]:
     """(template or None, special tokens by name, path of the template) of a checkpoint folder."""
     path, file = Path(folder) / "tokenizer_config.json", Path(folder) / "chat_template.jinja"
     config = read_json(path) if path.exists() else {}
-    template = config.get("chat_template")
-    if isinstance(template, list):  # several, by name
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    with file_errors(path, "is it a tokenizer's?"):
+        template = config.get("chat_template")
+        if isinstance(template, list):  # several, by name
+            template = {entry["name"]: entry["template"] for entry in template}.get("default")
+        special = {}
+        for name in SPECIAL_TOKENS:
+            token = config.get(name)
+            if token is not None:
+                special[name] = token["content"] if isinstance(token, dict) else token
     if file.exists():  # where newer checkpoints keep it
         template, path = read_text(file), file
-    special = {}
-    for name in SPECIAL_TOKENS:
-        token = config.get(name)
-        if token is not None:
-            special[name] = token["content"] if isinstance(token, dict) else token
     return template, special, path
 
 
@@ -93,3 +95,10 @@ def render_turn(folder: str | Path) -> tuple[str, str, str] | None:
             "each; --prompt-format plain does without"
         )
     return *parts, dialogue.split(PLACEHOLDER)[2]
+
+
+def end_ids(folder: str | Path, cfg: Config) -> list[int]:
+    """What ends an output by the checkpoint's generation_config.json, else by its config.json."""
+    path = Path(folder) / "generation_config.json"
+    ends = token_ids(read_json(path).get("eos_token_id")) if path.exists() else ()
+    return list(ends or cfg.eos_token_ids)

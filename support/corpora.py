@@ -19,18 +19,19 @@ import zlib
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
-from tqdm import tqdm
-
 from support.runs import (
     UserError,
     file_sha256,
     hub_snapshot,
     lock_folder,
+    progress,
     read_json,
     read_lines,
+    replacing,
     write_atomic,
     write_json,
 )
+from support.text import comparable, is_empty
 
 NOISE = ("duplicate", "identical", "length_ratio")  # of OPUS-100's training pairs, see clean()
 OPUS, FLORES = "opus-100-corpus/v1.0/supervised", "flores200_dataset"
@@ -132,9 +133,7 @@ def fetch_rest(url: str, part: Path, have: int, size: int | None) -> int | None:
             file.truncate(have)
         length = response.headers["Content-Length"]  # not every server says it
         whole = size or (have + int(length) if length else None)
-        bar = tqdm(
-            total=whole, initial=have, desc=part.stem, unit="B", unit_scale=True, disable=None
-        )
+        bar = progress(total=whole, initial=have, desc=part.stem, unit="B", unit_scale=True)
         with bar:
             while block := response.read(1 << 20):
                 bar.update(file.write(block))
@@ -162,9 +161,9 @@ def extract(archive: Path, targets: dict[str, Path]) -> None:
                 target = left.pop(member.name.removeprefix("./"), None)
                 if target is not None:
                     target.parent.mkdir(parents=True, exist_ok=True)
-                    temporary = Path(f"{target}.tmp")
-                    temporary.write_bytes(tar.extractfile(member).read())
-                    os.replace(temporary, target)
+                    content = tar.extractfile(member).read()
+                    with replacing(target) as temporary:
+                        temporary.write_bytes(content)
                 if not left:
                     return
     except (tarfile.TarError, OSError, EOFError, zlib.error, AttributeError) as error:
@@ -329,6 +328,11 @@ def length_ratio(a: str, b: str) -> float:
     return max(a, b) / max(1, min(a, b))
 
 
+def full_pairs(pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Those without an empty side."""
+    return [(en, x) for en, x in pairs if comparable(en) and comparable(x)]
+
+
 def clean(
     pairs: list[tuple[str, str]],
     held_out_en: set[str],
@@ -340,21 +344,23 @@ def clean(
 
     Each pair counts under the first rule that it breaks. Pairs with an empty side or a side in a
     dev or test set are always left out, those that break a rule in `drop` (of NOISE) too; the
-    others are counted but kept.
+    others are counted but kept. Texts are compared by support.text.comparable, as those held out
+    are given.
     """
     always = {"empty", "in_dev_or_test"}
     kept, seen = [], set()
     count = dict.fromkeys(("read", "empty", "in_dev_or_test", *NOISE), 0)
     for en, x in pairs:
         count["read"] += 1
+        said = comparable(en), comparable(x)
         checks = {
-            "empty": not en or not x,
-            "in_dev_or_test": en in held_out_en or x in held_out_x,
-            "duplicate": (en, x) in seen,
-            "identical": en == x,
+            "empty": "" in said,
+            "in_dev_or_test": said[0] in held_out_en or said[1] in held_out_x,
+            "duplicate": said in seen,
+            "identical": said[0] == said[1],
             "length_ratio": length_ratio(en, x) > max_ratio,
         }
-        seen.add((en, x))
+        seen.add(said)
         broken = [rule for rule, bad in checks.items() if bad]
         if broken:
             count[broken[0]] += 1
@@ -402,20 +408,20 @@ def parse_row(
     line: str, languages: Collection[str], need: tuple[str, ...], text: tuple[str, ...]
 ) -> dict:
     """The sentence pair of a line. Raises ValueError that says what is wrong with it."""
-    if not line.strip():
+    if is_empty(line):
         raise ValueError("an empty line")
     try:
         row = json.loads(line)
         if "\\u" in line:  # half of a surrogate pair is no character
             json.dumps(row, ensure_ascii=False).encode()
     except ValueError as error:
-        raise ValueError(f"not a JSON object ({error}); is the file cut off?") from None
+        raise ValueError(f"not a whole JSON object, one per line ({error})") from None
     if not isinstance(row, dict):
         raise ValueError(f"not a JSON object but {type(row).__name__}")
     for key in ("src_lang", "tgt_lang", *need, *text):
         if not isinstance(row.get(key), str):
             raise ValueError(f"no text under {key!r}")
-        if key not in text and not row[key].strip():
+        if key not in text and is_empty(row[key]):
             raise ValueError(f"{key!r} is empty")
     check_direction(row, languages)
     return row

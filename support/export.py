@@ -6,9 +6,8 @@ counts.
 """
 
 import math
-import os
 import sys
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -45,9 +44,8 @@ def save_backbone(model: CausalLM, config: dict, folder: str | Path) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: p.detach().contiguous() for name, p in model.named_parameters()}
-    temporary = folder / "model.safetensors.tmp"
-    save_file(tensors, temporary, metadata={"format": "pt"})
-    os.replace(temporary, folder / "model.safetensors")
+    with runs.replacing(folder / "model.safetensors") as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
     runs.write_json(folder / "config.json", config)
 
 
@@ -124,7 +122,8 @@ def export_peft(folder: str | Path, src_lang: str, tgt_lang: str, out: str | Pat
         "inference_mode": True,
     }
     out.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
+    with runs.replacing(out / "adapter_model.safetensors") as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
     runs.write_json(out / "adapter_config.json", config)
 
 
@@ -214,7 +213,7 @@ def dry_run(args: Namespace) -> None:
 
 
 def main() -> None:
-    parser = ArgumentParser(description=__doc__, formatter_class=runs.HelpFormatter)
+    parser = runs.ArgumentParser(__doc__)
     add = parser.add_argument
     add("--counts", action="store_true", help="print every variant's parameters and stop")
     add("--rank", type=int, default=16, help="r of --counts (section 4.2)")

@@ -7,18 +7,17 @@ maps, training curves, significance, what pivot.py kept.
     python support/report.py runs/stage1 runs/stage2 --curves curves.png     # loss, KL, rate
 """
 
-import argparse
 import json
+import os
 import sys
 from pathlib import Path
-
-from tqdm import tqdm
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this is a command, too
 from data import LANGUAGES, all_directions, group_of
 from support import runs
 from support.corpora import read_jsonl
-from support.runs import UserError, read_json, read_lines
+from support.runs import UserError, read_json, read_lines, write_atomic, write_json
 from support.scores import KEYS, NAMES, ROUGE_TOKENS, paired_bootstrap
 
 COLUMNS = {
@@ -85,6 +84,23 @@ def read_scores(folder: str | Path) -> dict:
     return scores
 
 
+def write_scores(
+    out: Path, config: dict, directions: dict, comet: str | None, notes: list[str], sha256: str
+) -> dict:
+    """scores.json and table.md of `directions`, {"de-zh": scores}; returns what the first holds."""
+    scores = {
+        "config": config,
+        "averages": averages(directions),
+        "directions": directions,
+        "notes": notes + ([f"COMET: {comet}, times 100"] if comet else []),
+        "comet": comet,
+        "hypotheses_sha256": sha256,
+    }
+    write_json(out / "scores.json", scores)
+    write_atomic(out / "table.md", direction_table(scores))
+    return scores
+
+
 def table_1(
     systems: dict[str, dict], keys: tuple[str, ...] = ("bleu", "comet", "off_target")
 ) -> str:
@@ -142,7 +158,7 @@ def direction_table(scores: dict) -> str:
 def pivot_table(report: dict[str, dict], rules: tuple[str, ...]) -> str:
     """Generated, kept and dropped by rule, a line per direction of pivot.py's report. A pair whose
     English was dropped counts as "en: rule"."""
-    keys = ["generated", "kept"]
+    keys = ["generated", "kept", "of these repetitive"]
     for key in [*(f"en: {rule}" for rule in rules[:-1]), *rules]:
         if any(counts.get(key) for counts in report.values()):
             keys.append(key)
@@ -182,28 +198,48 @@ def audit(paper: dict) -> list[str]:
     return lines + paper["notes"]
 
 
+def uneven_note(directions: dict[str, dict], with_paper: bool) -> str:
+    """A line where the averages are over other directions than each other's, or the paper's 30."""
+    sets = [frozenset(scores) for scores in directions.values()]
+    if len(set(sets)) == 1 and (not with_paper or len(sets[0]) == 30):
+        return ""
+    counts = [f"{name} {len(scores)}" for name, scores in directions.items()]
+    of_paper = ", the paper's of 30" if with_paper else ""
+    return f"\nThe averages are of different directions ({', '.join(counts)}{of_paper}).\n"
+
+
 def compare(folders: list[str | Path], with_paper: bool) -> str:
     """Markdown: Table 1 of evaluation folders, and with the paper's figures also Tables 8 and 9 and
     an audit of them."""
-    names = [Path(folder).name for folder in folders]
+    names = [Path(folder).resolve().name for folder in folders]
     table, directions = {}, {}
     for name, folder in zip(names, folders):
         scores = read_scores(folder)
         unique = name if names.count(name) == 1 else str(folder)
         table[unique], directions[unique] = scores["averages"], scores["directions"]
+    note = uneven_note(directions, with_paper)
     if not with_paper:
-        return table_1(table)
+        return table_1(table) + note
     paper = read_json(PAPER)
     for name, scores in paper["table1"].items():
         table[f"paper: {name}"] = scores
     for name, scores in paper["directions"].items():
         directions[f"paper: {name}"] = scores
-    text = table_1(table) + tables_8_9(directions)
+    text = table_1(table) + note + tables_8_9(directions)
     text += "\n### The paper's tables against each other\n\n"
     return text + "".join(f"- {line}\n" for line in audit(paper))
 
 
 # --- figures --------------------------------------------------------------------------------------
+
+
+def new_figure(**settings: Any) -> Any:
+    """A figure that is only ever saved: no backend is asked for, and `$` in a name is a letter."""
+    os.environ["MPLBACKEND"] = "agg"  # Jupyter's would have to be there even so
+    import matplotlib.figure  # slow to import
+
+    matplotlib.rcParams["text.parse_math"] = False
+    return matplotlib.figure.Figure(**settings)
 
 
 def heat_maps(directions: dict, folder: str | Path) -> None:
@@ -224,10 +260,8 @@ def heat_maps(directions: dict, folder: str | Path) -> None:
 
 def heat_map(grid: list[list[float]], languages: list[str], title: str, path: str | Path) -> None:
     """One PNG; cells of NaN stay empty."""
-    from matplotlib.figure import Figure  # slow to import
-
     size = len(languages)
-    figure = Figure(figsize=(1.2 + 0.8 * size, 0.9 + 0.7 * size))
+    figure = new_figure(figsize=(1.2 + 0.8 * size, 0.9 + 0.7 * size))
     axes = figure.subplots()
     image = axes.imshow(grid, cmap="viridis")
     for y, row in enumerate(grid):
@@ -257,18 +291,17 @@ def read_curves(run: str | Path) -> tuple[list[dict], list[dict]]:
 def curves(run_folders: list[str], path: str | Path) -> None:
     """Training curves of train.py's run folders as one PNG: NLL, KL and learning rate by step, dev
     loss where it was measured. Raises UserError for a folder without them, or a path not .png."""
-    from matplotlib.figure import Figure
-
     if Path(path).suffix != ".png" or not Path(path).parent.is_dir():
         raise UserError(f"--curves {path}: writes a .png file into a folder that exists")
-    figure = Figure(figsize=(15, 4), layout="constrained")
+    figure = new_figure(figsize=(15, 4), layout="constrained")
     panels = dict(zip(("nll", "kl", "lr"), figure.subplots(1, 3)))
     for run in run_folders:
         steps, dev = read_curves(run)
         name = Path(run).name
         for key, axes in panels.items():
             xs, ys = [row["step"] for row in steps], [row[key] for row in steps]
-            (line,) = axes.plot(xs, ys, label=name, linewidth=1)
+            marker = "o" if len(xs) == 1 else None  # a line of one point can't be seen
+            (line,) = axes.plot(xs, ys, label=name, linewidth=1, marker=marker)
             if key != "lr" and dev:
                 xs, ys = [row["step"] for row in dev], [row["dev"][key] for row in dev]
                 axes.plot(xs, ys, "o--", color=line.get_color(), label=f"{name}, dev")
@@ -297,7 +330,7 @@ def against(folder: str | Path, other: str | Path, samples: int) -> str:
     if not shared:
         raise UserError(f"--against {other}: no direction in common with {folder}")
     lines, better = [], {"bleu": [0, 0], "chrf": [0, 0]}
-    for pair in tqdm(shared, desc="resampling", disable=None):
+    for pair in runs.progress(shared, desc="resampling"):
         found = paired_bootstrap(ours[pair], theirs[pair], pair[1], samples)
         line = ["-".join(pair)]
         for key, result in found.items():
@@ -336,7 +369,7 @@ def finished_evaluations(root: str | Path = "runs/scores") -> list[Path]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=runs.HelpFormatter)
+    parser = runs.ArgumentParser(__doc__)
     add = parser.add_argument
     add("folders", nargs="*", help="evaluations; default: all of runs/scores. With --curves: runs")
     add("--paper", action="store_true", help="the paper's figures beside ours, Tables 8 and 9 too")

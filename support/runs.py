@@ -5,23 +5,28 @@ Nothing here knows of languages or translation.
 
 import argparse
 import atexit
+import contextlib
 import datetime
+import errno
 import fcntl
 import hashlib
 import importlib
+import io
 import json
 import os
+import signal
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any, BinaryIO, NamedTuple, NoReturn
+from typing import Any, BinaryIO, NamedTuple, NoReturn, TextIO
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from tqdm import tqdm
 
 CHECKPOINT = [  # patterns of the files that a backbone needs
     "config.json",
@@ -51,6 +56,11 @@ def run_main(main: Callable[[], None]) -> None:
     """Call `main()`. A UserError, or what the system refuses, becomes one line on stderr and exit
     status 2; Ctrl-C exit status 130."""
     try:
+        if sys.stdout is None:
+            raise UserError("standard output is closed")
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):  # whatever the locale: translations are UTF-8
+                stream.reconfigure(encoding="utf-8", errors="backslashreplace")
         main()
         sys.stdout.flush()  # else a full disk or a closed pipe would show only as Python ends
     except UserError as error:
@@ -62,13 +72,32 @@ def run_main(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("stopped; the same command continues from here", file=sys.stderr)
         sys.exit(130)
+    except (RuntimeError, MemoryError) as error:
+        line = what_befell(error)
+        if line is None:
+            raise
+        stop(line)
+
+
+def what_befell(error: Exception) -> str | None:
+    """The line for an error that is no bug: no memory left, or another process hung or died."""
+    text = str(error)
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
+        flag = "--micro-batch-size" if Path(sys.argv[0]).name == "train.py" else "--batch-size"
+        return (
+            f"out of memory; lower {flag}, then the same command continues ({reason(error)[:99]})"
+        )
+    lost = ("imed out", "Connection closed", "Connection reset", "Broken pipe", "NCCL", "timeout")
+    if dist.is_initialized() and any(word in text for word in lost):
+        return "another process hung or died; the same command continues from the last checkpoint"
+    return None
 
 
 def stop(message: str) -> NoReturn:
     """End with one line on stderr and exit status 2."""
-    if os.environ.get("LOCAL_RANK", "0") != "0":
-        # What the machine's first rank sees, too, is said once: torchrun ends this one meanwhile.
-        time.sleep(5)
+    with contextlib.suppress(UserError):  # the environment may be what the message is about
+        if launch().local_rank > 0:
+            time.sleep(5)  # the machine's first rank says it, and torchrun ends this one meanwhile
     print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
     sys.exit(2)
 
@@ -81,6 +110,24 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         if nothing or action.default == argparse.SUPPRESS or not action.help:
             return action.help
         return f"{action.help} [%(default)s]"
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse's, with a script's docstring and the flags' defaults in its help, errors in one
+    line, and ~/ at the beginning of a value for the home folder, also where the shell leaves it."""
+
+    def __init__(self, doc: str):
+        super().__init__(description=doc, formatter_class=HelpFormatter)
+
+    def error(self, message: str) -> NoReturn:
+        stop(f"{message}; --help lists the flags")
+
+    def parse_args(self, args: list[str] | None = None) -> argparse.Namespace:
+        found = super().parse_args(args)
+        for name, value in vars(found).items():
+            if name != "text" and isinstance(value, str) and value.startswith("~/"):
+                setattr(found, name, os.path.expanduser(value))
+        return found
 
 
 def flag_name(name: str) -> str:
@@ -104,14 +151,83 @@ def within(end: float, args: Namespace, *names) -> None:
             raise UserError(f"{flag_name(name)} {value}: must lie in [0, {end})")
 
 
+# --- progress ---------------------------------------------------------------------------------
+
+
+class LinePerUpdate:
+    """A file on which every update of a bar is a line."""
+
+    def __init__(self, file: TextIO):
+        self.file = file
+
+    def write(self, text: str) -> None:
+        self.file.write(text.replace("\r", "\n"))
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def progress(things: Iterable | None = None, rank: int = 0, **settings: Any) -> tqdm:
+    """tqdm's bar, of rank 0 alone, on stderr; where that is no terminal, a line per minute."""
+    if rank > 0:
+        settings["disable"] = True
+    if not sys.stderr.isatty():
+        settings.update(file=LinePerUpdate(sys.stderr), delay=60, mininterval=60, miniters=1)
+    return tqdm(things, **settings)
+
+
 # --- files ------------------------------------------------------------------------------------
 
 
-def write_atomic(path: str | Path, text: str) -> None:
-    """Write `text` so that a reader, or a kill, finds the old file or the new, never half of it."""
+def of_the_system(error: BaseException) -> str | None:
+    """The system's refusal (no space, no permission, ...) that a library's error hides, if any."""
+    for code in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO):
+        if f"os error {code})" in str(error):  # as Rust's libraries have it
+            return os.strerror(code)
+    while error is not None:
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            return error.strerror  # EINVAL: a library read where a damaged file sent it
+        error = error.__context__
+    return None
+
+
+@contextlib.contextmanager
+def file_errors(path: str | Path, advice: str = "") -> Iterator[None]:
+    """What any library raises inside about the file `path` becomes a UserError that names it.
+    advice: what to do about a file that isn't what it should be."""
+    try:
+        yield
+    except UserError:
+        raise
+    except UnicodeEncodeError:
+        raise UserError(f"{str(path)!a}: a name that is not UTF-8") from None
+    except Exception as error:  # of torch, safetensors, json, ...
+        refusal = of_the_system(error)
+        if refusal is None:
+            refusal = reason(error) + (f"; {advice}" if advice else "")
+        raise UserError(f"{path}: {refusal}") from None
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A temporary file to write inside; it becomes `path` when all went well, so that a reader, or
+    a kill, finds the old file or the new, never half of it. Raises UserError."""
     temporary = Path(f"{path}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    with file_errors(path):
+        try:
+            yield temporary
+            umask = os.umask(0o022)  # which can't be read without being set
+            os.umask(umask)
+            os.chmod(temporary, 0o666 & ~umask)  # safetensors makes files that no one else can read
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_atomic(path: str | Path, text: str) -> None:
+    """Write `text` as a whole or not at all. Raises UserError."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: str | Path, content: dict) -> None:
@@ -152,12 +268,19 @@ def read_json(path: str | Path) -> dict:
 
 
 def file_sha256(path: str | Path) -> str:
-    """64 hex digits. Raises UserError."""
+    """64 hex digits. Raises UserError, also for what can be read only once."""
+    if Path(path).exists() and not Path(path).is_file():
+        raise UserError(f"{path}: no regular file, so it has no identity; write it to one first")
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None
+
+
+def all_there(folder: Path, files: Iterable[str]) -> bool:
+    """Whether a folder has all of these: what ended long ago may have lost some since."""
+    return all((folder / file).exists() for file in files)
 
 
 def check_output(path: str | Path) -> None:
@@ -200,15 +323,17 @@ def check_claim(folder: str | Path, config: dict) -> None:
     """Raises UserError unless `folder` is new, empty, or holds a run with this very `config`."""
     folder = Path(folder)
     path = folder / "config.json"
+    if folder.is_symlink() and not folder.exists():
+        raise UserError(f"{folder}: a link that leads nowhere; --out takes a folder")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file; --out takes a folder")
     if path.exists():
         check_same_config(folder, read_json(path), config)
     elif folder.exists():
         for file in folder.iterdir():
-            if not file.name.endswith((".tmp", ".lock")):
+            if not file.name.startswith(".") and file.suffix != ".tmp":
                 raise UserError(
-                    f"{folder}: not empty and not a run of this script; choose another --out"
+                    f"{folder}: holds {file.name}, so it is no run's folder; choose another --out"
                 )
 
 
@@ -312,6 +437,38 @@ def resolve(name: str | Path, files: list[str] = CHECKPOINT) -> tuple[Path, str]
 # --- processes and devices ----------------------------------------------------------------------
 
 
+class Launch(NamedTuple):
+    """What torchrun's environment says of this process."""
+
+    rank: int
+    world: int
+    local_rank: int
+    local_world: int
+
+
+def launch() -> Launch:
+    """Read torchrun's environment, the only place that does. One process alone is rank 0, whatever
+    a scheduler has set. Raises UserError where the variables don't fit together."""
+    names = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+    values, advice = {}, "start several processes by torchrun, or unset these variables"
+    for name in names:
+        text = os.environ.get(name, "").strip()
+        if text and not text.isdecimal():
+            raise UserError(f"{name}={text} in the environment is no number; {advice}")
+        values[name] = int(text) if text else None
+    world = values["WORLD_SIZE"] or 1
+    if world == 1:
+        return Launch(0, 1, 0, 1)
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        if not os.environ.get(name, "").strip():
+            raise UserError(f"WORLD_SIZE={world} in the environment, but no {name}; {advice}")
+    local_world = values["LOCAL_WORLD_SIZE"] or world
+    if values["RANK"] >= world or values["LOCAL_RANK"] >= local_world:
+        wrong = f"RANK={values['RANK']}, LOCAL_RANK={values['LOCAL_RANK']}"
+        raise UserError(f"{wrong} in the environment, but WORLD_SIZE={world}; {advice}")
+    return Launch(values["RANK"], world, values["LOCAL_RANK"], local_world)
+
+
 class Ranks(NamedTuple):
     """This process among those that torchrun started; (0, 1) under plain python."""
 
@@ -339,27 +496,52 @@ class Ranks(NamedTuple):
         return values.cpu()
 
 
-def init_distributed(device: str) -> Ranks:
+def init_distributed(device: str, minutes: float = 360) -> Ranks:
     """Join the process group that torchrun's environment describes, if any: NCCL on GPUs, gloo on
-    CPUs. `device` is the flag: auto, cpu or cuda. Raises UserError for more processes than GPUs."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world > 1:
+    CPUs. `device` is the flag: auto, cpu or cuda. minutes: how long a process waits for another
+    before it gives up. Raises UserError for more processes than GPUs."""
+    here = launch()
+    if here.world > 1:
         use_cuda = device != "cpu" and torch.cuda.is_available()
         if use_cuda:
-            local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
             gpus = torch.cuda.device_count()
-            if local > gpus:
+            if here.local_world > gpus:
                 raise UserError(
-                    f"{local} processes but {gpus} GPUs here; "
+                    f"{here.local_world} processes but {gpus} GPUs here; "
                     "start as many as there are, or pass --device cpu"
                 )
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        # Whoever is done with its share of a long translation waits for the slowest, perhaps
-        # for longer than NCCL's ten minutes.
-        hours = datetime.timedelta(hours=6)
-        dist.init_process_group("nccl" if use_cuda else "gloo", timeout=hours)
+            torch.cuda.set_device(here.local_rank)
+        patience = datetime.timedelta(minutes=minutes)
+        dist.init_process_group("nccl" if use_cuda else "gloo", timeout=patience)
         atexit.register(dist.destroy_process_group)
-    return Ranks(int(os.environ.get("RANK", "0")), world)
+    return Ranks(here.rank, here.world)
+
+
+class Termination:
+    """SIGTERM, which schedulers send a while before they kill: inside `with` it is noted, and all
+    ranks learn of it at the same step."""
+
+    def __init__(self, ranks: Ranks):
+        self.asked = False
+        self.group = dist.new_group(backend="gloo") if ranks.world > 1 else None
+
+    def __enter__(self) -> "Termination":
+        self.before = signal.signal(signal.SIGTERM, self.note)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        signal.signal(signal.SIGTERM, self.before)
+
+    def note(self, *_: Any) -> None:
+        self.asked = True
+
+    def agreed(self) -> bool:
+        """Whether any rank was asked to end, the same answer on all."""
+        if self.group is None:
+            return self.asked
+        asked = torch.tensor(int(self.asked))
+        dist.all_reduce(asked, group=self.group)
+        return asked.item() > 0
 
 
 def claim_run(folder: str | Path, config: dict, ranks: Ranks) -> BinaryIO | None:
@@ -385,6 +567,9 @@ def add_device_arguments(parser: argparse.ArgumentParser) -> None:
         choices=["auto", "bfloat16", "float32"],
         help="of the backbone; auto: bfloat16 on a GPU, float32 on a CPU",
     )
+    # In translation whoever is done with its share waits for the slowest.
+    patience = "minutes to wait for another process under torchrun before giving up"
+    parser.add_argument("--timeout", type=float, default=360, help=patience)
 
 
 def device_and_dtype(device: str, dtype: str = "auto") -> tuple[torch.device, torch.dtype]:
@@ -396,7 +581,7 @@ def device_and_dtype(device: str, dtype: str = "auto") -> tuple[torch.device, to
     if device == "cpu" or not torch.cuda.is_available():
         where, precision = torch.device("cpu"), torch.float32
     else:
-        where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        where = torch.device("cuda", launch().local_rank)
         precision = torch.bfloat16
     return where, precision if dtype == "auto" else getattr(torch, dtype)
 

@@ -19,6 +19,7 @@ from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
 from data import LANGUAGES
 from support.runs import UserError, hub_snapshot, reason
+from support.text import is_empty
 
 KEYS = ("bleu", "chrf", "rouge_l", "comet", "off_target", "off_target_ref", "cut_off", "empty")
 NAMES = {
@@ -87,10 +88,10 @@ def score(rows: list[dict], tgt_lang: str, identify: Callable[[str], str]) -> di
         "bleu": bleu.corpus_score(hyps, [refs]).score,
         "chrf": chrf.corpus_score(hyps, [refs]).score,
         "rouge_l": 100 * float(np.mean(f1)),
-        "off_target": percent(not hyp.strip() or identify(hyp) != tgt_lang for hyp in hyps),
+        "off_target": percent(is_empty(hyp) or identify(hyp) != tgt_lang for hyp in hyps),
         "off_target_ref": percent(identify(ref) != tgt_lang for ref in refs),
         "cut_off": percent(row.get("finish") == "length" for row in rows),
-        "empty": percent(not hyp.strip() for hyp in hyps),
+        "empty": percent(is_empty(hyp) for hyp in hyps),
         "sentences": len(rows),
         "signatures": {"BLEU": str(bleu.get_signature()), "chrF++": str(chrf.get_signature())},
     }
@@ -108,7 +109,11 @@ def load_comet(name: str) -> Any:
         checkpoint = found[0] if found else folder / "checkpoints/model.ckpt"
     try:
         from comet import load_from_checkpoint  # slow to import
-
+    except ImportError:
+        raise UserError(
+            "--comet: unbabel-comet is not installed; it needs Python 3.11 or 3.12"
+        ) from None
+    try:
         return load_from_checkpoint(str(checkpoint), local_files_only=local)
     except Exception as error:  # of comet, lightning, transformers or the hub
         raise UserError(

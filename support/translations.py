@@ -3,15 +3,15 @@
 import glob
 import hashlib
 import json
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
 
-from tqdm import tqdm
-
 from data import PIVOT, is_non_english
 from support import runs
 from support.runs import Ranks, UserError
+from support.text import is_empty
 
 
 class Translator(Protocol):
@@ -97,10 +97,9 @@ def translate_jsonl(
         done = ranks.broadcast_from_rank0(lambda: set(read_parts(out.parent.glob(pattern))))
         left = [i for i in decoding_order(rows) if i not in done][ranks.rank :: ranks.world]
         part = out.with_name(f"{stem}-{ranks.rank}")
-        no_bar = None if ranks.rank == 0 else True  # None: where stderr is no terminal
         with (
             runs.open_locked(part, out) as file,
-            tqdm(total=len(left), desc=desc, unit="sent", disable=no_bar) as bar,
+            runs.progress(None, ranks.rank, total=len(left), desc=desc, unit="sent") as bar,
         ):
             file.truncate(read_part(part)[1])
             todo = [rows[i] for i in left]
@@ -128,6 +127,19 @@ def join_parts(rows: list[dict], out: Path, done: dict[int, dict]) -> None:
     runs.write_jsonl(out, whole)
 
 
+def report_cut(done: list[dict], max_new_tokens: int) -> None:
+    """Say on stderr which translations are not whole, and why."""
+    cut = sum(row["finish"] == "length" for row in done)
+    too_long = sum(row["finish"] == "length" and row["hyp"] == "" for row in done)
+    of_all = f"of {len(done)}"
+    if cut > too_long:
+        why = f"were cut off at --max-new-tokens {max_new_tokens} or the model's last position"
+        print(f"{cut - too_long} {of_all} outputs {why}", file=sys.stderr)
+    if too_long:
+        why = "alone fill the model's positions: they have no translation"
+        print(f"{too_long} {of_all} sources {why}", file=sys.stderr)
+
+
 def translate_via_english(
     engine: Translator,
     rows: list[dict],
@@ -153,7 +165,7 @@ def translate_via_english(
             if takes_two_hops(row):
                 row = {**row, "src_lang": PIVOT, "src": pivots[source_of(row)]["hyp"]}
             starts.append(row)
-        full = [row for row in starts if row["src"].strip()]
+        full = [row for row in starts if not is_empty(row["src"])]
         translated = translate_jsonl(engine, full, hops[1], *work)
         ranks.barrier()  # everybody has read the hops
         if ranks.rank == 0:
@@ -178,7 +190,7 @@ def join_hops(
     """`rows` with what came of both hops; `translated` lacks those whose start is empty."""
     result = []
     for row, start in zip(rows, starts):
-        last = next(translated) if start["src"].strip() else {"hyp": "", "finish": "stop"}
+        last = {"hyp": "", "finish": "stop"} if is_empty(start["src"]) else next(translated)
         whole = {**row, "hyp": last["hyp"], "finish": last["finish"]}
         if takes_two_hops(row):
             pivot = pivots[source_of(row)]

@@ -82,7 +82,7 @@ GOOD = {"src_lang": "de", "tgt_lang": "zh", "src": "Hund", "tgt": "狗", "origin
 @pytest.mark.parametrize(
     "line, says",
     [
-        ('{"src_lang": "de", "tgt_lang"', "not a JSON object"),
+        ('{"src_lang": "de", "tgt_lang"', "not a whole JSON object"),
         ("[1]", "not a JSON object but list"),
         (json.dumps({**GOOD, "tgt_lang": "fr"}), "unknown language 'fr'"),
         (json.dumps({**GOOD, "src": "   "}), "'src' is empty"),
@@ -147,6 +147,7 @@ def corpora(root, train=60, dev=8, test=9, flores=(7, 6)):
 def sizes(train=20000, dev=2000, test=2000, pivot=100000, seed=0):
     """What prepare reads of data.py's arguments."""
     pairs = {"train_pairs": train, "dev_pairs": dev, "test_pairs": test, "pivot_pairs": pivot}
+    pairs["flores_pairs"] = None
     return SimpleNamespace(**pairs, drop=list(NOISE), max_ratio=5.0, seed=seed)
 
 
@@ -227,7 +228,7 @@ def test_claim_leaves_strangers_alone(tmp_path):
         claim(tmp_path / "run", {"pairs": 1, "max_ratio": 2, "seed": 0})
     shutil.rmtree(tmp_path / "run")
     (tmp_path / "precious.txt").write_text("mine")
-    with pytest.raises(UserError, match="not empty"):
+    with pytest.raises(UserError, match="holds precious.txt"):
         claim(tmp_path, {"a": 1})
     assert [p.name for p in tmp_path.iterdir()] == ["precious.txt"]
 
@@ -283,7 +284,10 @@ def test_an_error_of_one_rank_alone_is_said(monkeypatch, capsys):
         raise UserError("no space left")
 
     for rank, before in (("0", []), ("1", [5])):
-        monkeypatch.setenv("LOCAL_RANK", rank)
+        for name in ("RANK", "LOCAL_RANK"):
+            monkeypatch.setenv(name, rank)
+        for name, value in (("WORLD_SIZE", "2"), ("MASTER_ADDR", "::1"), ("MASTER_PORT", "1")):
+            monkeypatch.setenv(name, value)
         with pytest.raises(SystemExit) as stop:
             run_main(main)
         assert (

@@ -262,7 +262,10 @@ def test_bad_input(adapter_folder, tmp_path, monkeypatch):
     refuses(*ours, "--model", other, *hund, says="made for another backbone")
     says = ["trained with another prompt", "here it would be 'Translate the following"]
     refuses(*ours, "--prompt-format", "plain", *hund, says=says)
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in (("WORLD_SIZE", "2"), ("MASTER_ADDR", "::1"), ("MASTER_PORT", "1")):
+        monkeypatch.setenv(name, value)
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "0")
     refuses(*ours, *hund, says="work for one process")
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)

@@ -261,7 +261,7 @@ def test_cut_off_file(checkpoint, tmp_path):
     shutil.copytree(checkpoint, folder)
     whole = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match="not a readable safetensors file"):
+    with pytest.raises(UserError, match="not a whole safetensors file"):
         backbone.load(folder)
 
 

@@ -17,7 +17,11 @@ import train
 
 SEVEN = ["model", "crosslora", "data", "train", "generate", "pivot", "evaluate"]
 HAS_FAST = (ROOT / "fast").is_dir()
-PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{n}.md" for n in ("paper", "choices", "checks"))]
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    *(f"docs/{n}.md" for n in ("paper", "choices", "checks", "reliability")),
+]
 BELOW = {  # what each script may import beside support/
     "model": set(),
     "data": {"model"},
@@ -253,3 +257,12 @@ def test_functions_are_short_and_typed():
             untyped = [a.arg for a in node.args.args if not a.annotation and a.arg not in of_itself]
             assert not untyped, (where, untyped)
             assert node.returns is not None or node.name == "__init__", where
+
+
+def test_nothing_runs_what_it_reads():
+    """No pickle but our own checkpoint, no code from a hub."""
+    for path in our_files():
+        text = (ROOT / path).read_text(encoding="utf-8")
+        assert "trust_remote_code" not in text and "import pickle" not in text, path
+        for call in re.findall(r"torch\.load\(([^\n]*)", text):
+            assert "weights_only=True" in call, (path, call)

@@ -10,7 +10,6 @@ command again goes on where it was stopped. The part of --results between its tw
 anew, what stands around it is kept.
 """
 
-import argparse
 import os
 import statistics
 import subprocess
@@ -25,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 from world import PHRASE
 
 from support.report import COLUMNS, PAPER, markdown, read_scores
-from support.runs import HelpFormatter, UserError, read_json, run_main, write_atomic
+from support.runs import ArgumentParser, UserError, read_json, run_main, write_atomic
 
 SYSTEMS = {  # name -> flags of Stage 2
     "LoRA": ["--adapter-type", "lora"],
@@ -223,7 +222,7 @@ def page_of(args, scores, done):
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = ArgumentParser(__doc__)
     add = parser.add_argument
     add("--world", required=True, help="folder that world.py wrote")
     add("--backbone", required=True, help="folder that pretrain.py wrote")

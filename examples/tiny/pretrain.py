@@ -9,7 +9,6 @@ real backbone has, but nobody tells it which language comes next and it never se
 translating on request is left to the adapter.
 """
 
-import argparse
 import itertools
 import os
 import random
@@ -28,7 +27,7 @@ from world import PHRASE, meanings, parts, sentence
 import model as backbone
 from data import IGNORE, LANGUAGES, PROMPT, read_flores, read_opus
 from support.export import save_backbone
-from support.runs import HelpFormatter, UserError, claim, file_sha256, run_main, write_json
+from support.runs import ArgumentParser, UserError, claim, file_sha256, run_main, write_json
 
 CONTROL = [
     "<|begin_of_text|>",
@@ -140,7 +139,7 @@ def batches(tokenizer, stream, rng, lines, phrase_steps):
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = ArgumentParser(__doc__)
     add = parser.add_argument
     avoided = "folder that world.py wrote; its dev and test sentences are avoided"
     add("--world", required=True, help=avoided)

@@ -10,7 +10,6 @@ object by animacy. "The good farmer sees the red boat in the garden." There are 
 them; train, dev and test sentences never overlap.
 """
 
-import argparse
 import random
 import sys
 from pathlib import Path
@@ -18,7 +17,7 @@ from pathlib import Path
 # the project's scripts lie flat at its root
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data import LANGUAGES
-from support.runs import HelpFormatter, at_least, check_claim, claim, run_main, write_atomic
+from support.runs import ArgumentParser, at_least, check_claim, claim, run_main, write_atomic
 
 # One noun a line. German, Icelandic, Czech, Russian: gender, nominative, accusative (Icelandic with
 # its suffixed article); Czech and Russian masculines are "a" (animate) or "i" (inanimate). Chinese:
@@ -206,7 +205,7 @@ def meanings(rng):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = ArgumentParser(__doc__)
     parser.add_argument(
         "--out", required=True, help="folder for opus-100-corpus/ and flores200_dataset/"
     )
