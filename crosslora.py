@@ -352,7 +352,7 @@ def load_adapter(folder: str | Path, cfg: Config, here: dict) -> tuple[CrossLoRA
     if wrong:
         raise UserError(f"{Path(folder) / 'adapter.safetensors'}: {wrong}")
     adapter.load_state_dict({name: t.float() for name, t in tensors.items()}, assign=True)
-    return adapter.requires_grad_(True), description
+    return adapter, description
 
 
 def check_made_for(folder: str | Path, description: dict, here: dict) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 from model import Config
 from support import chat, corpora, runs
 from support.runs import UserError
-from support.text import comparable
+from support.text import comparable, is_empty
 
 
 class Language(NamedTuple):
@@ -79,7 +79,8 @@ def group_of(src_lang: str, tgt_lang: str) -> str:
 class Tokenizer:
     """The published tokenizer.json and chat template, such that text can't become control.
 
-    `text` knows only the vocabulary: `<|eot_id|>` inside a sentence comes out as plain characters.
+    `text` reads control tokens as what they are spelled with: `<|eot_id|>` inside a sentence comes
+    out as plain characters.
     Control tokens are put in by id where the template has them, and nowhere else.
     """
 
@@ -87,11 +88,11 @@ class Tokenizer:
         """prompt_format: auto, the chat template beside the tokenizer if there is one; or plain.
         Raises UserError if tokenizer, template and checkpoint don't belong together."""
         path = Path(folder) / "tokenizer.json"
-        raw = runs.read_json(path)
+        raw, ends = runs.read_json(path), chat.end_ids(folder, cfg)
         turn = None if prompt_format == "plain" else chat.render_turn(folder)
         try:
             self.added = {token["content"]: token for token in raw["added_tokens"]}
-            self.control = self.control_tokens(turn, chat.end_ids(folder, cfg), cfg)
+            self.control = self.control_tokens(turn, ends, cfg)
             for token in raw["added_tokens"]:
                 token["special"] = token["content"] in self.control
             raw.update(post_processor=None, truncation=None, padding=None)
@@ -113,7 +114,7 @@ class Tokenizer:
             self.control[p] for p in self.split_control(behind_answer) if p in self.control
         ]
         # What a target ends with comes first, then what else ends an output.
-        self.stop_ids = tuple(dict.fromkeys(end_of_turn[:1] + chat.end_ids(folder, cfg)))
+        self.stop_ids = tuple(dict.fromkeys(end_of_turn[:1] + ends))
         if not self.stop_ids:
             raise UserError(f"{path}: no end-of-turn token; config.json needs an eos_token_id")
         self.check_checkpoint(path, cfg)
@@ -274,7 +275,7 @@ def flores_rows(flores: list, languages: list[str], src_lang: str, tgt_lang: str
     s, t = languages.index(src_lang), languages.index(tgt_lang)
     rows = []
     for sentences in flores:
-        if comparable(sentences[s]) and comparable(sentences[t]):
+        if not is_empty(sentences[s]) and not is_empty(sentences[t]):
             rows.append(pair_row(src_lang, tgt_lang, sentences[s], sentences[t], "flores-200"))
     return rows
 

@@ -131,8 +131,8 @@ def score_all(args: Namespace, out: Path, config: dict, rows: dict, identify: Ca
             comet = args.comet
             start = 0
             for pair, part in rows.items():
-                scores = every[start : start + len(part)]
-                directions["-".join(pair)]["comet"] = sum(scores) / len(part)
+                own = every[start : start + len(part)]
+                directions["-".join(pair)]["comet"] = sum(own) / len(part)
                 start += len(part)
         scores = write_scores(out, config, directions, comet, notes, sha256)
     heat_maps(directions, out / "heatmaps")

@@ -117,7 +117,8 @@ class PseudoCorpus:
         for row in targets:
             d, hyp = (row["x_lang"], row["tgt_lang"]), row["hyp"]
             why = rejected(row, d[1], row["x"], self.identify, self.max_ratio)
-            if why is None and comparable(hyp) in self.kept[d]:
+            said = comparable(hyp)
+            if why is None and said in self.kept[d]:
                 why = "duplicate"
             if why is None and self.drop_repetitive and is_repetitive(hyp):
                 why = "repetitive"
@@ -125,7 +126,7 @@ class PseudoCorpus:
                 self.counts[d][why] += 1
             elif len(self.kept[d]) < self.pairs:
                 pair = pair_row(*d, row["x"], hyp, "pseudo")
-                self.kept[d][comparable(hyp)] = {**pair, "pivot": row["src"]}
+                self.kept[d][said] = {**pair, "pivot": row["src"]}
             else:
                 self.counts[d]["generated"] -= 1  # more than was wanted: neither kept nor dropped
 
@@ -219,8 +220,7 @@ def main() -> None:
         return
     (out / "rounds").mkdir(exist_ok=True)
     identify = language_identifier(languages)
-    rules = identify, args.max_ratio, args.drop_repetitive
-    corpus = PseudoCorpus(sources, args.pairs, *rules)
+    corpus = PseudoCorpus(sources, args.pairs, identify, args.max_ratio, args.drop_repetitive)
 
     def translate(rows: list[dict], number: int, hop: str) -> list[dict]:
         file = out / "rounds" / f"{number}.{hop}.jsonl"

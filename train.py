@@ -257,8 +257,8 @@ def run_config(
 ) -> dict:
     """A run's settings: with others it is not resumed. Raises UserError for an --init-adapter that
     was made with others, and for --groups and --top-k that don't fit."""
-    # Of files it is the content that counts, wherever they lie.
     may_change = ("out", "micro_batch_size", "device", "dry_run", "plain", "timeout")
+    # Of files it is the content that counts, wherever they lie.
     may_change += ("model", "data", "pseudo", "init_adapter")
     config = {name: value for name, value in vars(args).items() if name not in may_change}
     config.update(tokenizer.describe(), languages=languages)

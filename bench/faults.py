@@ -17,6 +17,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -144,7 +145,8 @@ def prepare(work: Path) -> None:
 def parse_args():
     parser = ArgumentParser(__doc__)
     add = parser.add_argument
-    add("--work", default="/tmp/crosslora-faults", help="folder that is emptied first")
+    work = str(Path(tempfile.gettempdir()) / "crosslora-faults")
+    add("--work", default=work, help="folder for the runs; an earlier one's is emptied first")
     add("--kills", type=int, default=50)
     add("--seed", type=int, default=0, help="of stages' order, victims and moments")
     add("--stages", default=",".join(STAGES), help="comma-separated")
@@ -155,6 +157,8 @@ def parse_args():
 def main() -> None:
     args = parse_args()
     work = Path(args.work)
+    if work.exists() and not (work / "trial").is_dir():
+        raise UserError(f"--work {work}: not a folder of an earlier run, so it is not emptied")
     shutil.rmtree(work, ignore_errors=True)
     trial = work / "trial"  # where all stages run, since files name their folders
     trial.mkdir(parents=True)

@@ -330,7 +330,7 @@ def length_ratio(a: str, b: str) -> float:
 
 def full_pairs(pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
     """Those without an empty side."""
-    return [(en, x) for en, x in pairs if comparable(en) and comparable(x)]
+    return [(en, x) for en, x in pairs if not is_empty(en) and not is_empty(x)]
 
 
 def clean(

@@ -17,7 +17,6 @@ import os
 import signal
 import sys
 import time
-from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -135,7 +134,7 @@ def flag_name(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def at_least(least: float, args: Namespace, *names) -> None:
+def at_least(least: float, args: argparse.Namespace, *names) -> None:
     """Raises UserError for a flag below `least`, or nan; None, a default to come, passes."""
     for name in names:
         value = getattr(args, name)
@@ -143,7 +142,7 @@ def at_least(least: float, args: Namespace, *names) -> None:
             raise UserError(f"{flag_name(name)} {value}: must be at least {least}")
 
 
-def within(end: float, args: Namespace, *names) -> None:
+def within(end: float, args: argparse.Namespace, *names) -> None:
     """Raises UserError for a flag outside [0, end), the end not included, or nan."""
     for name in names:
         value = getattr(args, name)
@@ -240,10 +239,10 @@ def write_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
 
 def read_text(path: str | Path) -> str:
     """The text of a UTF-8 file, without its byte-order mark. Raises UserError."""
+    with file_errors(path):
+        data = Path(path).read_bytes()
     try:
-        return Path(path).read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from None
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from None
 
@@ -271,11 +270,8 @@ def file_sha256(path: str | Path) -> str:
     """64 hex digits. Raises UserError, also for what can be read only once."""
     if Path(path).exists() and not Path(path).is_file():
         raise UserError(f"{path}: no regular file, so it has no identity; write it to one first")
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from None
+    with file_errors(path), open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def all_there(folder: Path, files: Iterable[str]) -> bool:
@@ -297,25 +293,22 @@ def check_output(path: str | Path) -> None:
 def open_locked(path: str | Path, work: str | Path) -> BinaryIO:
     """`path` open for appending, and locked until it is closed. Raises UserError, about the file
     or folder `work`, if another process holds the lock."""
-    try:
+    with file_errors(work):
         file = open(path, "ab")  # noqa: SIM115 - it stays open as long as the lock is to hold
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(
-            f"{work}: another process is at work in it "
-            "(workers outlive a killed torchrun; end them first)"
-        ) from None
-    except OSError as error:
-        raise UserError(f"{work}: {error.strerror or error}") from None
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{work}: another process is at work in it "
+                "(workers outlive a killed torchrun; end them first)"
+            ) from None
     return file
 
 
 def lock_folder(folder: str | Path) -> BinaryIO:
     """Make `folder` if needed and lock it until the returned file is closed. Raises UserError."""
-    try:
+    with file_errors(folder):
         Path(folder).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder}: {error.strerror or error}") from None
     return open_locked(Path(folder) / ".lock", folder)
 
 

@@ -39,9 +39,8 @@ def check_config(path: str | Path, raw: dict) -> None:
     kinds.update(tie_word_embeddings=(bool, none))
     check_values(path, raw, kinds)
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-    for key in rope:
-        if key not in ("type", "rope_type"):
-            check_values(path, rope, {key: (int, float, str, list, none)})
+    scaling = rope.keys() - {"type", "rope_type"}
+    check_values(path, rope, dict.fromkeys(scaling, (int, float, str, list, none)))
     if isinstance(raw.get("eos_token_id"), list):
         for token in raw["eos_token_id"]:
             check_values(path, {"eos_token_id": token}, {"eos_token_id": size})
