@@ -442,7 +442,7 @@ def test_every_step_and_rank_draws_its_own_dropout(checkpoint, data, tmp_path, m
             seeds[rank].append(seed)
             return real(seed)
 
-        monkeypatch.setattr("support.runs.init_distributed", lambda device: Ranks(rank, 1))
+        monkeypatch.setattr("support.runs.init_distributed", lambda *args: Ranks(rank, 1))
         monkeypatch.setattr("torch.manual_seed", remember)
         inside(*command(checkpoint, alone, tmp_path / str(rank), "--seed 7"))
         monkeypatch.undo()
