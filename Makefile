@@ -72,7 +72,7 @@ compare: world
 
 PYTEST   = -m pytest -q -n 2 --dist worksteal
 # What these test does not change with fast/.
-BLIND    = corpora scores chat crosslora model data
+BLIND    = corpora scores chat crosslora model data cases faults fuzz
 
 # First without fast/, in a copy of the checkout: the seven plain scripts stand alone. Then with it,
 # all that it can change.

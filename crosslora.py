@@ -18,13 +18,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from model import Config
 from support import runs
 from support.runs import UserError
-from support.weights import check_adapter, misfits, read_tensors
+from support.weights import check_adapter, misfits, read_tensors, write_tensors
 
 TARGET_MODULES = ("gate_proj", "up_proj", "down_proj")  # section A.1; others take --plain
 GROUPS = "en,de,is/cs,ru/zh"  # Table 4
@@ -306,9 +305,7 @@ def save_adapter(adapter: CrossLoRA, folder: str | Path, made_for: dict, steps: 
     data.Tokenizer.describe() tells."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: p.detach().cpu().contiguous() for name, p in adapter.state_dict().items()}
-    with runs.replacing(folder / "adapter.safetensors") as temporary:
-        save_file(tensors, temporary)
+    write_tensors(folder / "adapter.safetensors", adapter.state_dict())
     runs.write_json(folder / "adapter.json", {**settings_of(adapter), **made_for, "steps": steps})
 
 

@@ -195,6 +195,7 @@ class Example(NamedTuple):
     prompt_length: int  # labels start here
     src_lang: str
     tgt_lang: str
+    pair: dict = {}  # as it was read
 
     @property
     def target_count(self) -> int:
@@ -214,7 +215,7 @@ def encode(tokenizer: Tokenizer, pairs: list[dict], max_length: int = 512) -> tu
             dropped += 1
             continue
         ids = np.array(ids, dtype=np.int32)
-        examples.append(Example(ids, len(prompt), pair["src_lang"], pair["tgt_lang"]))
+        examples.append(Example(ids, len(prompt), pair["src_lang"], pair["tgt_lang"], pair))
     return examples, dropped
 
 

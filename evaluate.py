@@ -72,10 +72,8 @@ def parse_args() -> Namespace:
         raise UserError("either --all-directions or --directions de-zh,... is needed")
     translates = args.adapter or args.model or args.system
     if args.hypotheses and (translates or args.via_english):
-        raise UserError(
-            "--hypotheses scores what is there; --adapter, --model, --system and --via-english "
-            "have no part in it"
-        )
+        excluded = "--adapter, --model, --system and --via-english"
+        raise UserError(f"--hypotheses scores what is there; {excluded} have no part in it")
     if not (args.hypotheses or translates):
         args.adapter = default_adapter()
     args.out = args.out or f"runs/scores/{default_name(args)}"

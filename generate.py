@@ -109,6 +109,10 @@ class Engine(NamedTuple):
     identity: dict  # what a result depends on: outputs of another are never continued
     via_english: bool = False  # see support/baselines.py
 
+    @property
+    def place(self) -> str:
+        return f"{self.model.device} in {self.identity['dtype']}"
+
     def translate_each(self, rows: list[dict], max_new_tokens: int, batch_size: int) -> Iterator:
         """Greedy translations of `rows` (src_lang, tgt_lang, src): (index, text, "stop" or
         "length"), in the order in which they end. "length" marks an output cut off at
@@ -243,9 +247,7 @@ def read_rows(args: Namespace) -> list[dict]:
     if args.src == args.tgt:
         raise UserError(f"--src and --tgt are both {args.src}")
     if runs.launch().world > 1:
-        raise UserError(
-            "a text or stdin is work for one process; under torchrun give --input and --output"
-        )
+        raise UserError("a text or stdin is for one process; torchrun takes --input and --output")
     lines = input_lines(args.text)
     return [{"src_lang": args.src, "tgt_lang": args.tgt, "src": line} for line in lines]
 
@@ -256,7 +258,8 @@ def translate_lines(engine: Engine, rows: list[dict], args: Namespace) -> list[d
     full = [rows[i] for i in numbers]
     each = engine.translate_each(full, args.max_new_tokens, args.batch_size)
     done = [{"hyp": "", "finish": "stop"} for _ in rows]
-    for n, hyp, finish in runs.progress(each, total=len(full), desc="translating"):
+    desc = f"translating on {engine.place}"
+    for n, hyp, finish in runs.progress(each, total=len(full), desc=desc):
         done[numbers[n]] = {"hyp": hyp, "finish": finish}
     for row in done:
         print(" ".join(row["hyp"].splitlines()))

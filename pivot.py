@@ -233,6 +233,9 @@ def main() -> None:
         number += 1
         english = translate(corpus.next_sentences(), number, "english")
         corpus.add(translate(corpus.to_targets(english), number, "targets"))
+        if ranks.rank == 0:
+            kept = sum(len(pairs) for pairs in corpus.kept.values())
+            print(f"round {number}: {kept} of {args.pairs * len(corpus.kept)} pairs", flush=True)
     if lock is None:
         return  # the files are rank 0's
     train, dev, report = corpus.split(args.dev_share)

@@ -33,6 +33,8 @@ from support import runs
 from support.export import dry_run
 from support.routing import router_shares
 from support.runs import Ranks, UserError
+from support.watch import Watch, check_dev_loss
+from support.weights import read_checkpoint
 
 Sums = tuple[Tensor, Tensor, Tensor]  # loss, nll, kl of forward_sums
 
@@ -310,6 +312,10 @@ class Run(NamedTuple):
         """Steps of the run."""
         return min(self.args.epochs * self.steps_per_epoch, self.args.max_steps or math.inf)
 
+    def ends_epoch(self, step: int) -> bool:
+        """Whether dev loss and adapter are due after `step`."""
+        return step % self.steps_per_epoch == 0 or step == self.total
+
 
 def save_checkpoint(run: Run, step: int, log: TextIO) -> None:
     """All that a resumed run needs, replaced atomically. The order of examples and the dropout
@@ -331,8 +337,7 @@ def load_checkpoint(run: Run) -> tuple[int, int]:
     args, path = run.args, Path(run.args.out) / "checkpoint.pt"
     if not run.ranks.broadcast_from_rank0(path.exists):
         return 0, 0
-    with runs.file_errors(path, "cut off or damaged; remove it to start the run over"):
-        state = torch.load(path, map_location="cpu", weights_only=True)
+    state = read_checkpoint(path)
     if state["backbone_fingerprint"] != run.made_for["backbone_fingerprint"]:
         why = f"was started on another backbone than the {args.model} of now"
         raise UserError(f"{args.out}: {why}; choose another --out")
@@ -341,19 +346,15 @@ def load_checkpoint(run: Run) -> tuple[int, int]:
     return state["step"], state["log_bytes"]
 
 
-def check_finite(number: float, what: str, step: int, args: Namespace) -> None:
-    """Raises UserError where training has gone astray."""
-    if not math.isfinite(number):
-        why = f"{what} is {number} by step {step}; lower --lr and choose another --out"
-        raise UserError(f"{args.out}: {why}")
-
-
 def fit(run: Run, step: int, log: TextIO, end: runs.Termination) -> None:
     """The loop, from `step` (0, or a checkpoint's) to the last, or to where `end` is agreed."""
     args, ranks, train = run.args, run.ranks, run.train
     bar = runs.progress(None, ranks.rank, total=run.total, initial=step, desc=f"stage {args.stage}")
-    worst = torch.zeros((), device=run.loss.model.device)  # the largest gradient norm so far
+    watch = Watch(args.out, ranks)
     order, since, tokens = None, time.monotonic(), 0
+    if step and run.ends_epoch(step):  # stopped between its checkpoint and the end of its epoch
+        with end.at_once():
+            end_epoch(run, step, log, bar)
     while step < run.total:
         epoch, position = divmod(step, run.steps_per_epoch)
         if order is None or position == 0:
@@ -372,14 +373,13 @@ def fit(run: Run, step: int, log: TextIO, end: runs.Termination) -> None:
         norm = torch.nn.utils.clip_grad_norm_(used, args.max_grad_norm or math.inf)
         run.optimizer.step()
         step += 1
-        worst = torch.maximum(worst, norm)  # NaN, once there, stays
+        watch.note(step, norm, sums, [example.pair for example in batch])
 
-        at_end = step % run.steps_per_epoch == 0 or step == run.total
         logs = step % args.log_every == 0 or step == run.total
-        ends = end.agreed() and step < run.total
-        saves = step % args.save_every == 0 or at_end or ends
-        if logs or saves:  # not at every step, since .item() synchronises the GPU
-            check_finite(worst.item(), "the gradient norm", step, args)
+        ends = end.agreed()
+        saves = step % args.save_every == 0 or run.ends_epoch(step) or ends
+        if logs or saves:  # not at every step, since it makes the GPU wait
+            watch.check()
         if logs:
             M = sum(example.target_count for example in batch)
             nll, kl = (ranks.sum(sums.cpu(), run.loss.model.device) / M).tolist()
@@ -392,12 +392,13 @@ def fit(run: Run, step: int, log: TextIO, end: runs.Termination) -> None:
             print(json.dumps(line), file=log, flush=True)
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
         bar.update()
-        if at_end:
-            end_epoch(run, step, log, bar)
         if saves and ranks.rank == 0:
             save_checkpoint(run, step, log)
         if ends:
-            raise SystemExit(143)  # 128 + SIGTERM, as schedulers expect
+            raise SystemExit(runs.TERMINATED)
+        if run.ends_epoch(step):
+            with end.at_once():  # all is saved, and a resumed run ends the epoch anew
+                end_epoch(run, step, log, bar)
     bar.close()
 
 
@@ -406,7 +407,7 @@ def end_epoch(run: Run, step: int, log: TextIO, bar: tqdm) -> None:
     args, ranks, dev = run.args, run.ranks, run.dev
     if dev:
         report = evaluate_dev(run.loss, dev, args, ranks)
-        check_finite(report["loss"], "the dev loss", step, args)
+        check_dev_loss(report["loss"], step, args.out)
         line = {"step": step, "dev": report}
         if run.loss.adapter.learned:
             line["router_load"] = router_shares(run.loss, dev, ranks, args.micro_batch_size)
@@ -414,8 +415,7 @@ def end_epoch(run: Run, step: int, log: TextIO, bar: tqdm) -> None:
         if ranks.rank == 0:
             bar.write(f"step {step}: dev " + json.dumps(report), file=sys.stdout)
     if ranks.rank == 0:
-        folder = Path(args.out) / "adapter"
-        crosslora.save_adapter(run.loss.adapter, folder, run.made_for, step)
+        crosslora.save_adapter(run.loss.adapter, Path(args.out) / "adapter", run.made_for, step)
 
 
 def execute(run: Run, config: dict, dropped: int, dev_dropped: int) -> None:
@@ -446,8 +446,6 @@ def execute(run: Run, config: dict, dropped: int, dev_dropped: int) -> None:
         with runs.Termination(run.ranks) as end:
             fit(run, step, log, end)
     run.ranks.barrier()
-    if chief and not (out / "adapter/adapter.safetensors").exists():  # removed since its last epoch
-        crosslora.save_adapter(run.loss.adapter, out / "adapter", run.made_for, run.total)
     if chief:
         runs.write_json(out / "summary.json", summary)
         lock.close()

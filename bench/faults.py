@@ -1,14 +1,20 @@
-"""Kill the pipeline anywhere and compare what comes out of it.
+"""Disturb the pipeline anywhere and compare what comes out of it.
 
-    python bench/faults.py [--kills 50] [--seed 0] [--out bench/results/faults.json]
+    python bench/faults.py [--faults 60] [--seed 0] [--out bench/results/faults.json]
 
 The toy pipeline runs once undisturbed. Then, again and again, a stage starts from what the stages
-before it had left, is killed with `kill -9` at a random moment (the launcher, one
-rank, or all of them), and the same command is given again. Its files must be those of the
-undisturbed run, byte for byte, and no temporary file may be left. Prints a table and writes the
-JSON; takes about half a minute per kill.
+before it had left, and meets a fault:
+
+- kill -9 at a random moment, of the launcher, one rank or all of them
+- kill -9 while a checkpoint is being written
+- SIGTERM, as schedulers send it, to the launcher
+- a full disk: a small tmpfs, where this user may mount one; and a disk that becomes read-only
+
+Then the same command is given again. All files must be those of the undisturbed run, and no
+temporary file may be left. Prints a table and writes the JSON; half a minute or so per fault.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -20,6 +26,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -36,26 +44,36 @@ STAGES = {  # name: (whether under torchrun, command)
     "pivot": (True, f"pivot.py --pairs 5 --max-ratio 9 {DECODE}"),
     "stage 2": (True, f"train.py --stage 2 {TRAIN}"),
     "evaluation": (True, f"evaluate.py --all-directions {DECODE}"),
+    "report": (False, "support/report.py --curves runs/curves.png"),
     "one process": (False, f"train.py --stage 1 --out runs/alone {TRAIN}"),
+}
+KILLS = ("launcher", "one rank", "all")
+FAULTS = {  # name: stages that can meet it
+    "kill": tuple(STAGES),
+    "kill in a checkpoint": ("stage 1", "stage 2", "one process"),
+    "SIGTERM": ("stage 1", "stage 2", "one process"),
+    # In one process, whose exit status and last line are its own.
+    "full disk": ("data", "pivot", "evaluation", "report", "one process"),
+    "read-only": ("data", "pivot", "evaluation", "report", "one process"),
 }
 # What says when and how fast, and so is never the same twice.
 CLOCKED = ("seconds", "tokens_per_s")
-VICTIMS = ("launcher", "one rank", "all")
 
 
-def command_of(stage: str) -> list[str]:
-    """A stage's command line."""
+def command_of(stage: str, alone: bool) -> list[str]:
+    """A stage's command line. alone: without torchrun."""
     parallel, line = STAGES[stage]
+    parallel = parallel and not alone
     script, *flags = line.split()
     return [sys.executable, *(TORCHRUN if parallel else ()), str(ROOT / script), *flags]
 
 
-def start(stage: str, folder: Path) -> subprocess.Popen:
+def start(stage: str, folder: Path, alone: bool = False) -> subprocess.Popen:
     """A stage in `folder`, in a session of its own, so that nothing of it is missed."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     log = open(folder / "log.txt", "ab")  # noqa: SIM115 - the process has it
     settings = {"cwd": folder, "env": env, "stdout": log, "stderr": log}
-    return subprocess.Popen(command_of(stage), start_new_session=True, **settings)
+    return subprocess.Popen(command_of(stage, alone), start_new_session=True, **settings)
 
 
 def finish(stage: str, folder: Path) -> float:
@@ -82,10 +100,10 @@ def members(session: int) -> list[int]:
     return sorted(found, key=lambda pid: pid != session)
 
 
-def kill(process: subprocess.Popen, victim: str, rng: random.Random) -> int:
-    """Kill -9 `victim`, and whatever is left of the session a moment later, as a machine that goes
-    down would. Returns how many processes the first blow hit."""
-    alive = members(process.pid)
+def kill(process: subprocess.Popen, rng: random.Random) -> dict:
+    """Kill -9 somebody, and whatever is left of the session a moment later, as a machine that goes
+    down would."""
+    victim, alive = rng.choice(KILLS), members(process.pid)
     chosen = {"launcher": alive[:1], "all": alive, "one rank": alive[1:]}[victim] or alive
     if victim == "one rank":
         chosen = [rng.choice(chosen)]
@@ -95,7 +113,7 @@ def kill(process: subprocess.Popen, victim: str, rng: random.Random) -> int:
     for pid in members(process.pid):
         signal_if_there(pid)
     process.wait()
-    return len(chosen)
+    return {"victim": victim, "hit": len(chosen)}
 
 
 def signal_if_there(pid: int) -> None:
@@ -105,6 +123,18 @@ def signal_if_there(pid: int) -> None:
         return
 
 
+def values_of(path: Path) -> bytes:
+    """What a checkpoint.pt holds: as a zip file it has dates."""
+    digest, state = hashlib.sha256(), torch.load(path, weights_only=True)
+    digest.update(repr([state["step"], state["optimizer"]["param_groups"]]).encode())
+    for name, tensor in state["adapter"].items():
+        digest.update(name.encode() + tensor.numpy().tobytes())
+    for number, moments in state["optimizer"]["state"].items():
+        for name, tensor in moments.items():
+            digest.update(f"{number} {name}".encode() + tensor.numpy().tobytes())
+    return digest.digest()
+
+
 def contents(folder: Path) -> dict[str, str]:
     """{file: hash of what must be the same}, of all files of the pipeline."""
     found = {}
@@ -112,10 +142,7 @@ def contents(folder: Path) -> dict[str, str]:
         name = str(path.relative_to(folder))
         if path.is_dir() or name.startswith(("corpora", "backbone", "log.txt")):
             continue
-        if path.name in (".lock", "checkpoint.pt") or path.suffix == ".png":
-            found[name] = ""  # its being there; checkpoint.pt is a zip file with dates
-            continue
-        data = path.read_bytes()
+        data = values_of(path) if path.name == "checkpoint.pt" else path.read_bytes()
         if path.name == "metrics.jsonl":
             rows = [json.loads(line) for line in data.splitlines()]
             kept = [{k: v for k, v in row.items() if k not in CLOCKED} for row in rows]
@@ -142,12 +169,146 @@ def prepare(work: Path) -> None:
     subprocess.run(where, cwd=work, check=True, stdout=subprocess.DEVNULL)
 
 
+# --- the faults -----------------------------------------------------------------------------------
+
+
+class Trial:
+    """One stage that is disturbed once."""
+
+    def __init__(self, stage: str, folder: Path, seconds: float, grows: int, rng: random.Random):
+        """seconds, grows: what the stage takes, and the bytes it writes, undisturbed."""
+        self.stage, self.folder, self.rng = stage, folder, rng
+        self.seconds, self.grows = seconds, grows
+
+    def kill(self) -> dict:
+        moment = self.rng.uniform(0, self.seconds)
+        process = start(self.stage, self.folder)
+        time.sleep(moment)
+        if process.poll() is not None:
+            return {"moment": moment, "hit": 0}
+        return {"moment": moment, **kill(process, self.rng)}
+
+    def kill_in_a_checkpoint(self) -> dict:
+        """All at once, as soon as a checkpoint is half there."""
+        process, number = start(self.stage, self.folder), self.rng.randint(1, 6)
+        seen, there = 0, False
+        while process.poll() is None:
+            was, there = there, any(self.folder.glob("runs/*/checkpoint.pt.tmp"))
+            seen += there and not was
+            if seen == number:
+                break
+        alive = members(process.pid)
+        for pid in alive:
+            signal_if_there(pid)
+        process.wait()
+        half = [str(path.name) for path in self.folder.glob("runs/*/checkpoint.pt.tmp")]
+        return {"checkpoint": number, "hit": len(alive), "half there": half}
+
+    def sigterm(self) -> dict:
+        moment = self.rng.uniform(0, self.seconds)
+        process = start(self.stage, self.folder)
+        time.sleep(moment)
+        process.terminate()
+        begin = time.monotonic()
+        code = process.wait(timeout=60)
+        took = time.monotonic() - begin
+        found = {"moment": moment, "hit": int(code != 0), "status": code, "took": round(took, 2)}
+        # Before Python listens the signal ends it; torchrun has a status of its own.
+        wrong = took > 30 or (not STAGES[self.stage][0] and code not in (0, 143, -15))
+        return {**found, "wrong": f"status {code} after {took:.0f} s"} if wrong else found
+
+    def full_disk(self) -> dict:
+        room = int(self.rng.uniform(0.02, 0.98) * self.grows)
+        with self.disk(f"size={room_of(self.written) + room}") as mounted:
+            return self.refused("No space left on device") if mounted else {"hit": 0}
+
+    def read_only(self) -> dict:
+        moment = self.rng.uniform(0, self.seconds)
+        with self.disk("size=1g") as mounted:
+            if not mounted:
+                return {"hit": 0}
+            process = start(self.stage, self.folder, alone=True)
+            time.sleep(moment)
+            for pid in members(process.pid):  # no disk can change with files open for writing
+                signal_if_there(pid)
+            if process.wait() == 0 or not mount("-o", "remount,ro", self.written):
+                return {"hit": 0}
+            found = {"moment": moment, **self.refused("Read-only file system")}
+            mount("-o", "remount,rw", self.written)
+            return found
+
+    @property
+    def written(self) -> Path:
+        """The folder that the stage writes into."""
+        return self.folder / ("data" if self.stage == "data" else "runs")
+
+    @contextlib.contextmanager
+    def disk(self, options: str):
+        """A small disk of its own for `written`, whose files are back on the large one behind it.
+        Yields whether it could be mounted."""
+        self.written.mkdir(exist_ok=True)
+        before = shutil.copytree(self.written, self.folder.with_name("aside"), dirs_exist_ok=True)
+        mounted = mount("-t", "tmpfs", "-o", options, "tmpfs", self.written)
+        try:
+            if mounted:
+                shutil.copytree(before, self.written, dirs_exist_ok=True)
+            yield mounted
+        finally:
+            shutil.rmtree(before)
+            if mounted:
+                after = shutil.copytree(self.written, self.folder.with_name("aside"))
+                subprocess.run(["umount", self.written], check=True)
+                shutil.copytree(after, self.written, dirs_exist_ok=True)
+                shutil.rmtree(after)
+
+    def refused(self, reason: str) -> dict:
+        """Run the stage to its end; where it fails, its last line must give the reason."""
+        code = start(self.stage, self.folder, alone=True).wait(timeout=600)
+        if code == 0:
+            return {"hit": 0}
+        log = (self.folder / "log.txt").read_text(errors="replace")
+        said, wrong = log.splitlines()[-1], ""
+        if code != 2 or reason not in said or "Traceback" in log:
+            wrong = f"status {code}: {said}"
+        left = [str(path) for path in self.written.rglob("*.tmp")]
+        found = {"hit": 1, "said": said.replace(str(self.folder), "."), "left": left}
+        return {**found, "wrong": wrong or f"left {left}"} if wrong or left else found
+
+
+def mount(*flags) -> bool:
+    """Whether mount(8) did it."""
+    return subprocess.run(["mount", *map(str, flags)], capture_output=True).returncode == 0
+
+
+def room_of(folder: Path) -> int:
+    """Bytes of a folder's files in whole pages, and their entries'."""
+    sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
+    return sum(-(-size // 4096) * 4096 for size in sizes) + 4096
+
+
+def plan(number: int, chosen: list[str], rng: random.Random) -> list[tuple[str, str]]:
+    """(stage, fault) of each trial: two thirds are kills, all stages in turn."""
+    others = [(stage, fault) for fault, stages in FAULTS.items() for stage in stages]
+    others = [(stage, fault) for stage, fault in others if fault != "kill" and stage in chosen]
+    rng.shuffle(others)
+    trials = []
+    for i in range(number):
+        if i % 3 == 2 and others:
+            trials.append(others[i // 3 % len(others)])
+        else:
+            trials.append((chosen[(i - i // 3) % len(chosen)], "kill"))
+    return trials
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
 def parse_args():
     parser = ArgumentParser(__doc__)
     add = parser.add_argument
     work = str(Path(tempfile.gettempdir()) / "crosslora-faults")
     add("--work", default=work, help="folder for the runs; an earlier one's is emptied first")
-    add("--kills", type=int, default=50)
+    add("--faults", type=int, default=90, help="two thirds of them kills at random moments")
     add("--seed", type=int, default=0, help="of stages' order, victims and moments")
     add("--stages", default=",".join(STAGES), help="comma-separated")
     add("--out", help="also write the JSON here")
@@ -160,46 +321,45 @@ def main() -> None:
     if work.exists() and not (work / "trial").is_dir():
         raise UserError(f"--work {work}: not a folder of an earlier run, so it is not emptied")
     shutil.rmtree(work, ignore_errors=True)
-    trial = work / "trial"  # where all stages run, since files name their folders
-    trial.mkdir(parents=True)
-    prepare(trial)
-    before, expected, seconds = {}, {}, {}
+    folder = work / "trial"  # where all stages run, since files name their folders
+    folder.mkdir(parents=True)
+    prepare(folder)
+    before, expected, seconds, grows = {}, {}, {}, {}
     for number, stage in enumerate(STAGES):
-        before[stage] = shutil.copytree(trial, work / f"{number}")
-        seconds[stage] = finish(stage, trial)
-        expected[stage] = contents(trial)
+        before[stage] = shutil.copytree(folder, work / f"{number}")
+        seconds[stage] = finish(stage, folder)
+        expected[stage] = contents(folder)
+        grows[stage] = room_of(folder) - room_of(before[stage])
     rng, results = random.Random(args.seed), []
-    stages = args.stages.split(",")
-    for number in progress(range(args.kills), desc="kills"):
-        stage, victim = stages[number % len(stages)], rng.choice(VICTIMS)
-        moment = rng.uniform(0, seconds[stage])
-        shutil.rmtree(trial, ignore_errors=True)
-        shutil.copytree(before[stage], trial)
-        process = start(stage, trial)
-        time.sleep(moment)
-        hit = kill(process, victim, rng) if process.poll() is None else 0
-        finish(stage, trial)
-        wrong = differences(trial, expected[stage])
-        results.append({"stage": stage, "victim": victim, "moment": round(moment, 2), "hit": hit})
-        results[-1]["differences"] = wrong
-        if wrong:
+    trials = plan(args.faults, args.stages.split(","), rng)
+    for number, (stage, fault) in enumerate(progress(trials, desc="faults")):
+        shutil.rmtree(folder)
+        shutil.copytree(before[stage], folder)
+        trial = Trial(stage, folder, seconds[stage], grows[stage], rng)
+        found = getattr(trial, fault.replace(" ", "_").replace("-", "_").lower())()
+        finish(stage, folder)
+        wrong = differences(folder, expected[stage])
+        results.append({"stage": stage, "fault": fault, **found, "differences": wrong})
+        if wrong or found.get("wrong"):
             print(json.dumps(results[-1]), flush=True)
-            shutil.copytree(trial, work / f"wrong-{number}", dirs_exist_ok=True)
+            shutil.copytree(folder, work / f"wrong-{number}", dirs_exist_ok=True)
     report(args, results, seconds)
 
 
 def report(args, results: list[dict], seconds: dict[str, float]) -> None:
-    """The table by stage, and the JSON."""
+    """The table by stage and fault, and the JSON."""
     lines = []
     for stage in seconds:
-        own = [result for result in results if result["stage"] == stage]
-        hit = sum(result["hit"] > 0 for result in own)
-        wrong = sum(bool(result["differences"]) for result in own)
-        lines.append([stage, f"{seconds[stage]:.0f}", str(len(own)), str(hit), str(wrong)])
-    header = ["stage", "seconds undisturbed", "kills", "before its end", "differences"]
+        for fault in FAULTS:
+            own = [r for r in results if (r["stage"], r["fault"]) == (stage, fault)]
+            if own:
+                hit = sum(result["hit"] > 0 for result in own)
+                wrong = sum(bool(r["differences"] or r.get("wrong")) for r in own)
+                lines.append([stage, fault, str(len(own)), str(hit), str(wrong)])
+    header = ["stage", "fault", "trials", "before its end", "differences"]
     print(markdown(header, lines), end="")
     if args.out:
-        whole = {"seed": args.seed, "seconds": seconds, "kills": results}
+        whole = {"seed": args.seed, "seconds": seconds, "faults": results}
         Path(args.out).write_text(json.dumps(whole, indent=1) + "\n")
 
 

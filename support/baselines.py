@@ -91,6 +91,7 @@ class Baseline:
         self.system, name = SYSTEMS[system], str(model or SYSTEMS[system].model)
         self.via_english = self.system.via_english
         self.device, self.dtype = runs.device_and_dtype(device, dtype)
+        self.place = f"{self.device} in {runs.dtype_name(self.dtype)}"
         revision = None
         if not Path(name).is_dir():  # the hub's own errors, in one line
             revision = runs.hub_snapshot(name, ["config.json"])[1]

@@ -272,7 +272,13 @@ def heat_map(grid: list[list[float]], languages: list[str], title: str, path: st
                 axes.text(x, y, f"{value:.1f}", **text)
     axes.set(xticks=range(size), yticks=range(size), xticklabels=languages, yticklabels=languages)
     axes.set(xlabel="target", ylabel="source", title=title)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
+
+
+def save_figure(figure: Any, path: str | Path) -> None:
+    """A whole PNG or none. Raises UserError."""
+    with runs.replacing(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
 
 
 def read_curves(run: str | Path) -> tuple[list[dict], list[dict]]:
@@ -309,7 +315,7 @@ def curves(run_folders: list[str], path: str | Path) -> None:
     for key, axes in panels.items():
         axes.set(title=titles.get(key, "learning rate"), xlabel="step")
         axes.legend()
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
 
 
 # --- significance ---------------------------------------------------------------------------------

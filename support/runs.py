@@ -437,12 +437,14 @@ class Launch(NamedTuple):
     world: int
     local_rank: int
     local_world: int
+    restart: int | None = None  # number of torchrun's restarts so far, where all share its store
 
 
 def launch() -> Launch:
     """Read torchrun's environment, the only place that does. One process alone is rank 0, whatever
     a scheduler has set. Raises UserError where the variables don't fit together."""
     names = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+    names += ("GROUP_WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT")
     values, advice = {}, "start several processes by torchrun, or unset these variables"
     for name in names:
         text = os.environ.get(name, "").strip()
@@ -459,7 +461,11 @@ def launch() -> Launch:
     if values["RANK"] >= world or values["LOCAL_RANK"] >= local_world:
         wrong = f"RANK={values['RANK']}, LOCAL_RANK={values['LOCAL_RANK']}"
         raise UserError(f"{wrong} in the environment, but WORLD_SIZE={world}; {advice}")
-    return Launch(values["RANK"], world, values["LOCAL_RANK"], local_world)
+    restart = None
+    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if shared and values["GROUP_WORLD_SIZE"] == 1:
+        restart = values["TORCHELASTIC_RESTART_COUNT"]
+    return Launch(values["RANK"], world, values["LOCAL_RANK"], local_world, restart)
 
 
 class Ranks(NamedTuple):
@@ -505,9 +511,25 @@ def init_distributed(device: str, minutes: float = 360) -> Ranks:
                 )
             torch.cuda.set_device(here.local_rank)
         patience = datetime.timedelta(minutes=minutes)
-        dist.init_process_group("nccl" if use_cuda else "gloo", timeout=patience)
+        where = {}
+        if here.restart is not None:
+            where = {"store": store_of(here, patience), "rank": here.rank, "world_size": here.world}
+        dist.init_process_group("nccl" if use_cuda else "gloo", timeout=patience, **where)
         atexit.register(dist.destroy_process_group)
     return Ranks(here.rank, here.world)
+
+
+def store_of(here: Launch, patience: datetime.timedelta) -> dist.Store:
+    """Where the processes of one machine find each other: a part of torchrun's store for each of
+    its restarts, or --max-restarts would lead to the addresses of those that have died
+    (pytorch#135712). Machines count restarts each for itself; several need
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, by which torchrun makes a store per restart."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, is_master=False, timeout=patience)
+    return dist.PrefixStore(f"restart {here.restart}", store)
+
+
+TERMINATED = 128 + signal.SIGTERM  # the exit status that schedulers expect
 
 
 class Termination:
@@ -515,7 +537,7 @@ class Termination:
     ranks learn of it at the same step."""
 
     def __init__(self, ranks: Ranks):
-        self.asked = False
+        self.asked, self.leaves_at_once = False, False
         self.group = dist.new_group(backend="gloo") if ranks.world > 1 else None
 
     def __enter__(self) -> "Termination":
@@ -527,6 +549,18 @@ class Termination:
 
     def note(self, *_: Any) -> None:
         self.asked = True
+        if self.leaves_at_once:
+            raise SystemExit(TERMINATED)
+
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """For long work between two steps that a resumed run does anew: this rank does not wait
+        for the next step."""
+        self.leaves_at_once = True
+        if self.asked:
+            raise SystemExit(TERMINATED)
+        yield
+        self.leaves_at_once = False
 
     def agreed(self) -> bool:
         """Whether any rank was asked to end, the same answer on all."""

@@ -20,6 +20,7 @@ class Translator(Protocol):
     languages: list[str]
     identity: dict  # what a result depends on
     via_english: bool  # whether it takes two hops between others
+    place: str  # device and precision, as in "cpu in float32"
 
     def translate_each(
         self, rows: list[dict], max_new_tokens: int, batch_size: int
@@ -96,6 +97,10 @@ def translate_jsonl(
         # By rank 0, before anybody writes: what is left is dealt to the ranks in the same way.
         done = ranks.broadcast_from_rank0(lambda: set(read_parts(out.parent.glob(pattern))))
         left = [i for i in decoding_order(rows) if i not in done][ranks.rank :: ranks.world]
+        if ranks.rank == 0:
+            so_far = f", {len(done)} of them done before" if done else ""
+            start = f"{desc}: {len(rows)} sentences on {engine.place}{so_far}"
+            print(start, file=sys.stderr, flush=True)
         part = out.with_name(f"{stem}-{ranks.rank}")
         with (
             runs.open_locked(part, out) as file,

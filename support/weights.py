@@ -1,16 +1,20 @@
 """Files of weights: which ones a checkpoint has, and whether their tensors are those expected."""
 
+import hashlib
 import re
+import zipfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from support.runs import UserError, file_errors, read_json
+from support.runs import UserError, file_errors, read_json, replacing
 
 DAMAGED = "not a whole safetensors file: copy or download it again"
+NUMBERS = ("F32", "BF16", "F16", "F64")  # as safetensors calls them
 
 
 def check_values(path: str | Path, content: dict, kinds: dict[str, tuple]) -> None:
@@ -108,8 +112,14 @@ def read_shapes(file: Path) -> dict[str, tuple]:
     shapes = {}
     with file_errors(file, DAMAGED), open_weights(file) as shard:
         for name in shard.keys():  # noqa: SIM118 - not a dict
+            tensor = shard.get_slice(name)
+            if tensor.get_dtype() not in NUMBERS:
+                raise UserError(
+                    f"{file}: {name} is {tensor.get_dtype()}; of quantised checkpoints take the "
+                    f"original, whose weights are {', '.join(NUMBERS)}"
+                )
             if not name.endswith(".rotary_emb.inv_freq"):
-                shapes[name] = tuple(shard.get_slice(name).get_shape())
+                shapes[name] = tuple(tensor.get_shape())
     return shapes
 
 
@@ -135,7 +145,41 @@ def misfits(expected: dict[str, tuple], found: dict[str, tuple]) -> str:
     return f"{len(wrong)} tensors do not fit: {'; '.join(wrong[:8])}{more}" if wrong else ""
 
 
+def digest_of(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 of the names and the bytes of tensors on the CPU, 64 hex digits."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def write_tensors(path: str | Path, tensors: dict[str, Tensor]) -> None:
+    """A safetensors file whose metadata has its tensors' hash. Raises UserError."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, {"sha256": digest_of(tensors)})
+
+
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file. Raises UserError."""
-    with file_errors(path, DAMAGED), open(path, "rb"):
-        return load_file(path)
+    """The tensors of a safetensors file, held to the hash in its metadata, if it has one. Raises
+    UserError."""
+    path = Path(path)
+    read_shapes(path)  # refuses what can't be weights
+    with file_errors(path, DAMAGED), open_weights(path) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        expected = (file.metadata() or {}).get("sha256")
+    if expected not in (None, digest_of(tensors)):
+        raise UserError(f"{path}: its numbers are not those that were written; copy it again")
+    return tensors
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """What torch.save wrote, on the CPU, without running code from it. Raises UserError for a file
+    that is cut off or of which a bit has changed, which torch does not look at."""
+    with file_errors(path, "cut off or damaged; remove it to start the run over"):
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # by the CRC of each member
+        if damaged:
+            raise ValueError(f"{damaged} in it is not what was written")
+        return torch.load(path, map_location="cpu", weights_only=True)

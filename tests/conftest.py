@@ -7,6 +7,7 @@ import json
 import os
 import random
 import runpy
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -283,6 +284,24 @@ def run(*command, check=True, env_add=(), cwd=ROOT, **kwargs):
 
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+
+
+def two_machines(*command, cwd=ROOT):
+    """A command under two torchrun agents of one process each that meet through c10d, as on two
+    machines that share their folders. Returns what each printed on stdout."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    agent = "-m torch.distributed.run --nnodes=2 --nproc_per_node=1 --rdzv_backend=c10d"
+    where = f"--rdzv_endpoint=127.0.0.1:{port} --rdzv_id=tests --local_addr=127.0.0.1"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    flags = [sys.executable, *agent.split(), *where.split(), *map(str, command)]
+    agents = []
+    for _ in range(2):
+        pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+        agents.append(subprocess.Popen(flags, env=environment, cwd=cwd, **pipe))
+    outputs = [agent.communicate(timeout=300)[0] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], outputs
+    return outputs
 
 
 def inside(*command):

@@ -266,7 +266,7 @@ def test_bad_input(adapter_folder, tmp_path, monkeypatch):
         monkeypatch.setenv(name, value)
     for name in ("RANK", "LOCAL_RANK"):
         monkeypatch.setenv(name, "0")
-    refuses(*ours, *hund, says="work for one process")
+    refuses(*ours, *hund, says="is for one process")
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
     says = ["no runs/stage2/adapter or runs/stage1/adapter", "`train.py --stage 1` makes one"]

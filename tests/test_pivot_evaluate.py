@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 import sacrebleu
-from conftest import FAST, ROOT, TORCHRUN, inside, read_rows, refuses, run
+from conftest import FAST, ROOT, TORCHRUN, inside, read_rows, refuses, run, two_machines
 
 from data import LANGUAGES, all_directions, read_flores
 from evaluate import choose
@@ -104,7 +104,7 @@ def test_pivot_command(adapter_folder, source, tmp_path):
     for row in train + dev:
         assert (row["src_lang"], row["src"]) in pool and row["origin"] == "pseudo" and row["pivot"]
     assert "made already" in inside(*command("one"))
-    run(*TORCHRUN, *command("two"))
+    two_machines(*command("two"))
     for name in ("pseudo.train.jsonl", "pseudo.dev.jsonl", "report.md"):
         same = (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
         assert same, name
@@ -301,6 +301,8 @@ def test_evaluate_command(adapter_folder, comet_folder, sentences, tmp_path):
         refuses(*command, "--plain", says="engine was 'fast', now 'plain'")
     # Anybody's hypotheses: ours scored again give the same, perfect ones give 100.
     hyps = read_rows(out / "hypotheses.jsonl")
+    two_machines(*(tmp_path / "machines" if part == out else part for part in command))
+    assert read_rows(tmp_path / "machines/hypotheses.jsonl") == hyps
     anybody = "--hypotheses", out / "hypotheses.jsonl", "--out", tmp_path / "again"
     inside(script, "--all-directions", *anybody)
     again = read_json(tmp_path / "again/scores.json")["directions"]

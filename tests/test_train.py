@@ -5,7 +5,6 @@ import math
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -25,13 +24,14 @@ from conftest import (
     refuses,
     run,
     translate_batch,
+    two_machines,
 )
 from safetensors.torch import load_file
 
 import model as backbone
 import train
 from crosslora import CrossLoRA
-from data import LANGUAGES, Tokenizer, collate, encode
+from data import LANGUAGES, Tokenizer, collate, encode, epoch_order
 from generate import load_engine
 from support.runs import Ranks, device_and_dtype, read_json, write_jsonl
 from train import Loss, backward, data_parallel, evaluate_dev, forward_sums, lr_factor
@@ -380,24 +380,11 @@ def test_one_and_two_processes_train_the_same_adapter(engine, checkpoint, data, 
 
 
 def test_two_machines_train_what_two_processes_train(checkpoint, data, tmp_path):
-    """Two torchrun agents of one process each, as on two machines that share the run folder;
-    resumed on one."""
-    port = socket.create_server(("127.0.0.1", 0)).getsockname()[1]
-    agent = "-m torch.distributed.run --nnodes=2 --nproc_per_node=1 --master_addr=127.0.0.1"
-    agent = [sys.executable, *agent.split(), f"--master_port={port}"]
     more = "--micro-batch-size 2 --max-steps 4"
-
-    def start(node):
-        script = map(str, command(checkpoint, data, tmp_path / "machines", more))
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        flags = [*agent, f"--node_rank={node}", *script]
-        return subprocess.Popen(flags, env=environment, stdout=subprocess.PIPE, text=True)
-
-    agents = [start(node) for node in (0, 1)]
-    outputs = [agent.communicate(timeout=300)[0] for agent in agents]
-    assert [agent.returncode for agent in agents] == [0, 0]
+    outputs = two_machines(*command(checkpoint, data, tmp_path / "machines", more))
     # The first machine alone reports.
-    assert "4 = 2 processes x 2 x accumulation 1" in outputs[0] and not outputs[1]
+    reports = [output for output in outputs if output]
+    assert len(reports) == 1 and "4 = 2 processes x 2 x accumulation 1" in reports[0]
     run(*TORCHRUN, *command(checkpoint, data, tmp_path / "processes", more))
     same_run(tmp_path / "machines", tmp_path / "processes")
 
@@ -461,10 +448,13 @@ def test_an_adapter_that_is_no_number_is_never_kept(log_every, checkpoint, data,
     """Whatever is logged: before each checkpoint and each adapter the run looks back at all its
     steps."""
     wild = f"--lr 1e30 --max-grad-norm 0 --epochs 2 --save-every 4 --log-every {log_every}"
-    says = ["nan by step", "lower --lr"]
+    says = ["the loss is no number at step 2 on rank 0; its 4 pairs are in", "lower --lr"]
     refuses(*command(checkpoint, data, tmp_path / "out", wild), says=says)
     left = {path.name for path in (tmp_path / "out").iterdir()}
-    assert left <= {"config.json", "metrics.jsonl", ".lock"}
+    assert left <= {"config.json", "metrics.jsonl", ".lock", "not_finite.jsonl"}
+    rows = read_rows(data / "stage1.train.jsonl")
+    second = [rows[i] for i in epoch_order(len(rows), 0, 0)[4:8]]
+    assert read_rows(tmp_path / "out/not_finite.jsonl") == second
 
 
 def test_init_adapter_starts_where_the_other_ended(checkpoint, data, adapter_folder, tmp_path):
