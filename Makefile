@@ -18,6 +18,10 @@ RUN     = runs/$(notdir $(MODEL:%/=%))
 GPUS    = .venv/bin/torchrun --standalone --nproc_per_node=2
 CPUS    = OMP_NUM_THREADS=1 $(GPUS)
 
+ifneq ($(words $(MODEL)) $(words $(CORPORA)),1 1)
+$(error MODEL and CORPORA: a name without blanks each; a link gives a folder such a name)
+endif
+
 tiny compare test: export CUDA_VISIBLE_DEVICES =  # on a CPU, whatever the machine has
 # torch warns of find_unused_parameters where the first batch uses every expert; later ones don't.
 tiny compare paper: export TORCH_CPP_LOG_LEVEL = ERROR

@@ -7,6 +7,8 @@ Everything that turns text into model input is here, so that training, decoding 
 disagree about it. Shapes: B batch rows, T tokens.
 """
 
+import support.interrupts  # noqa: F401 - before all else
+
 import hashlib
 import json
 import random
@@ -99,9 +101,7 @@ class Tokenizer:
             self.text = tokenizers.Tokenizer.from_str(json.dumps(raw))
             self.text.encode_special_tokens = True  # as plain text: no text becomes a control token
         except Exception as error:  # tokenizers raises a bare Exception
-            raise UserError(
-                f"{path}: not a tokenizer that `tokenizers` can load ({error})"
-            ) from None
+            raise UserError(f"{path}: `tokenizers` can't load it ({error})") from None
         self.sha256 = runs.file_sha256(path)
         self.format = "plain" if turn is None else "chat"
         before, after, behind_answer = turn or ("", "\n", "")
@@ -364,9 +364,7 @@ def read_stage_data(
                 "run, `torchrun --nproc_per_node=2 pivot.py` makes runs/pseudo"
             )
         if pseudo_train.stat().st_size == 0:
-            raise UserError(
-                f"{pseudo_train}: no pseudo pairs in it; Stage 2 would be Stage 1 again"
-            )
+            raise UserError(f"{pseudo_train}: no pairs in it; Stage 2 would be Stage 1 again")
         train += [data / "stage2.flores.jsonl", pseudo_train]
         dev += [pseudo_dev]
         if pseudo_only:
@@ -438,7 +436,7 @@ def main() -> None:
     for name, rows in files.items():
         file = out / f"{name}.jsonl"
         runs.write_jsonl(file, rows)
-        manifest["files"][file.name] = {"pairs": len(rows), "sha256": runs.file_sha256(file)}
+        manifest["files"][file.name] = corpora.file_entry(file, rows)
     runs.write_json(out / "manifest.json", manifest)  # last: it says that the others are whole
     lock.close()
     corpora.print_report(manifest, out)

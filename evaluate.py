@@ -46,9 +46,7 @@ def parse_direction(text: str) -> tuple[str, ...]:
     if len(pair) != 2 or pair[0] == pair[1] or not set(pair) <= set(LANGUAGES):
         known = ", ".join(LANGUAGES)
         name = "-".join(pair)
-        raise UserError(
-            f"--directions: {name!r} is not a pair of known languages ({known}), such as de-zh"
-        )
+        raise UserError(f"--directions: {name!r} is no pair, such as de-zh, of {known}")
     return pair
 
 

@@ -8,6 +8,8 @@ The adapter is runs/stage2/adapter, or runs/stage1/adapter where there is no oth
 by which pivot.py and evaluate.py translate. Shapes: B rows, T tokens, D hidden, V vocabulary.
 """
 
+import support.interrupts  # noqa: F401 - before all else
+
 import itertools
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
@@ -258,8 +260,7 @@ def translate_lines(engine: Engine, rows: list[dict], args: Namespace) -> list[d
     full = [rows[i] for i in numbers]
     each = engine.translate_each(full, args.max_new_tokens, args.batch_size)
     done = [{"hyp": "", "finish": "stop"} for _ in rows]
-    desc = f"translating on {engine.place}"
-    for n, hyp, finish in runs.progress(each, total=len(full), desc=desc):
+    for n, hyp, finish in runs.progress(each, total=len(full), desc="translating"):
         done[numbers[n]] = {"hyp": hyp, "finish": finish}
     for row in done:
         print(" ".join(row["hyp"].splitlines()))

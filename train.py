@@ -8,6 +8,8 @@ checkpoint. Shapes: B batch rows, T tokens, N target tokens, P passes (R-Drop ha
 V vocabulary.
 """
 
+import support.interrupts  # noqa: F401 - before all else
+
 import contextlib
 import json
 import math
@@ -243,9 +245,9 @@ def parse_args() -> Namespace:
         args.epochs = {1: 3, 2: 2}[args.stage]
     runs.at_least(1, args, "rank", "top_k", "epochs", "max_steps", "batch_size", "micro_batch_size")
     runs.at_least(1, args, "max_length", "save_every", "log_every")
-    runs.within(math.inf, args, "alpha", "rdrop_alpha", "lr", "weight_decay", "max_grad_norm")
+    runs.within(1e32, args, "alpha", "rdrop_alpha", "lr", "weight_decay", "max_grad_norm")
     runs.within(1, args, "dropout", "warmup_ratio")
-    runs.within(2**31, args, "seed")
+    runs.within(2**31, args, "seed", "batch_size", "rank")
     return args
 
 

@@ -32,7 +32,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from support.report import markdown
-from support.runs import ArgumentParser, UserError, progress, run_main
+from support.runs import ArgumentParser, UserError, progress, read_json, run_main
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 TRAIN = "--model backbone --max-steps 40 --epochs 20 --lr 1e-2 --micro-batch-size 16 "
@@ -312,11 +312,15 @@ def parse_args():
     add("--seed", type=int, default=0, help="of stages' order, victims and moments")
     add("--stages", default=",".join(STAGES), help="comma-separated")
     add("--out", help="also write the JSON here")
+    add("--show", help="print the table of such a JSON, and stop")
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse_args()
+    if args.show:
+        print(table(read_json(args.show)["faults"]), end="")
+        return
     work = Path(args.work)
     if work.exists() and not (work / "trial").is_dir():
         raise UserError(f"--work {work}: not a folder of an earlier run, so it is not emptied")
@@ -343,24 +347,26 @@ def main() -> None:
         if wrong or found.get("wrong"):
             print(json.dumps(results[-1]), flush=True)
             shutil.copytree(folder, work / f"wrong-{number}", dirs_exist_ok=True)
-    report(args, results, seconds)
+    print(table(results), end="")
+    if args.out:
+        whole = {"seed": args.seed, "seconds": seconds, "faults": results}
+        Path(args.out).write_text(json.dumps(whole, indent=1) + "\n")
 
 
-def report(args, results: list[dict], seconds: dict[str, float]) -> None:
-    """The table by stage and fault, and the JSON."""
+def table(results: list[dict]) -> str:
+    """A line per stage and fault."""
     lines = []
-    for stage in seconds:
+    for stage in STAGES:
         for fault in FAULTS:
             own = [r for r in results if (r["stage"], r["fault"]) == (stage, fault)]
             if own:
                 hit = sum(result["hit"] > 0 for result in own)
                 wrong = sum(bool(r["differences"] or r.get("wrong")) for r in own)
-                lines.append([stage, fault, str(len(own)), str(hit), str(wrong)])
-    header = ["stage", "fault", "trials", "before its end", "differences"]
-    print(markdown(header, lines), end="")
-    if args.out:
-        whole = {"seed": args.seed, "seconds": seconds, "faults": results}
-        Path(args.out).write_text(json.dumps(whole, indent=1) + "\n")
+                lines.append([f"{stage}: {fault}", str(len(own)), str(hit), str(wrong)])
+    hit = sum(result["hit"] > 0 for result in results)
+    wrong = sum(bool(r["differences"] or r.get("wrong")) for r in results)
+    lines.append(["**all**", str(len(results)), str(hit), str(wrong)])
+    return markdown(["stage: fault", "trials", "before its end", "differences"], lines)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import re
 import tarfile
 import urllib.request
 import zlib
+from collections import Counter
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
@@ -369,6 +370,12 @@ def clean(
     return kept, count
 
 
+def file_entry(file: Path, rows: list[dict]) -> dict:
+    """What the manifest says of a file of sentence pairs: number, origins, hash."""
+    origins = Counter(row["origin"] for row in rows)
+    return {"pairs": len(rows), "origins": dict(origins), "sha256": file_sha256(file)}
+
+
 def print_report(manifest: dict, out: str | Path) -> None:
     """What data.py made: a line per language, with what its corpus could not give, and per file."""
     settings = manifest["settings"]
@@ -379,7 +386,9 @@ def print_report(manifest: dict, out: str | Path) -> None:
                 line += f"  (asked for {settings[flag]} {name})"
         print(f"{lang}: {line}")
     for name, entry in manifest["files"].items():
-        print(f"{Path(out) / name}: {entry['pairs']} pairs")
+        flores = entry["origins"].get("flores-200", 0)
+        share = f", {flores} of them FLORES-200's (--flores-pairs)" if "train" in name else ""
+        print(f"{Path(out) / name}: {entry['pairs']} pairs{share}")
 
 
 def read_jsonl(

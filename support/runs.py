@@ -42,7 +42,15 @@ CHECKPOINT = [  # patterns of the files that a backbone needs
 
 
 class UserError(Exception):
-    """Something the user can mend; its text is the one line they read."""
+    """Something the user can mend; its text is the one line they read, whatever characters the
+    value or name in it has."""
+
+    def __init__(self, message: str):
+        if len(message) > 2000:
+            message = f"{message[:1000]} ... {message[-900:]}"
+        if not message.isprintable():
+            message = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
+        super().__init__(message)
 
 
 def reason(error: Exception) -> str:
@@ -97,7 +105,7 @@ def stop(message: str) -> NoReturn:
     with contextlib.suppress(UserError):  # the environment may be what the message is about
         if launch().local_rank > 0:
             time.sleep(5)  # the machine's first rank says it, and torchrun ends this one meanwhile
-    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    print(f"{Path(sys.argv[0]).name}: error: {UserError(message)}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -512,7 +520,9 @@ def init_distributed(device: str, minutes: float = 360) -> Ranks:
             torch.cuda.set_device(here.local_rank)
         patience = datetime.timedelta(minutes=minutes)
         where = {}
-        if here.restart is not None:
+        if here.restart is not None:  # all on this machine
+            if sys.platform == "linux":
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # nothing listens to others
             where = {"store": store_of(here, patience), "rank": here.rank, "world_size": here.world}
         dist.init_process_group("nccl" if use_cuda else "gloo", timeout=patience, **where)
         atexit.register(dist.destroy_process_group)
@@ -596,7 +606,15 @@ def add_device_arguments(parser: argparse.ArgumentParser) -> None:
     )
     # In translation whoever is done with its share waits for the slowest.
     patience = "minutes to wait for another process under torchrun before giving up"
-    parser.add_argument("--timeout", type=float, default=360, help=patience)
+    parser.add_argument("--timeout", type=minutes, default=360, help=patience)
+
+
+def minutes(text: str) -> float:
+    """A flag's value: more than nothing and at most a year."""
+    number = float(text)
+    if not 0 < number < 366 * 24 * 60:
+        raise argparse.ArgumentTypeError(f"{text} minutes can't be")
+    return number
 
 
 def device_and_dtype(device: str, dtype: str = "auto") -> tuple[torch.device, torch.dtype]:

@@ -84,12 +84,16 @@ def shard_files(folder: Path) -> list[Path]:
     if whole.exists() or not index.exists():
         names = {whole.name}
     else:
-        names = set(read_json(index).get("weight_map", {}).values())
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise UserError(f"{index}: no weight_map in it; copy or download it again")
+        names = weight_map.values()
     files = []
-    for name in sorted(names, key=str):
+    for name in names:
         if not isinstance(name, str) or Path(name).name != name:
             raise UserError(f"{index}: names {name!r}, which is no file in its folder")
         files.append(folder / name)
+    files = sorted(set(files))
     for file in files:
         if not file.exists():
             raise UserError(f"{file}: no such file; {what_is_missing(folder)}")

@@ -268,7 +268,7 @@ class Scripted:
     """An engine that says what it was asked, and nothing for what has "nothing" in it; `asked`
     counts its sentences."""
 
-    identity, asked = {"backbone": "scripted"}, 0
+    identity, place, asked = {"backbone": "scripted"}, "nowhere", 0
 
     def translate_each(self, rows, max_new_tokens, batch_size):
         for i, row in enumerate(rows):

@@ -412,6 +412,27 @@ def test_another_backbone_is_blamed_on_the_backbone(lm, tokenizer, adapter_folde
     )
 
 
+# --- Ctrl-C before anything has begun -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", ["data", "train", "generate", "pivot", "evaluate"])
+def test_ctrl_c_while_torch_is_imported_is_one_line(script):
+    """Torch's import stands for itself: the signal comes as it begins."""
+    interrupt = (
+        "import builtins, runpy, sys\n"
+        "real = builtins.__import__\n"
+        "def as_torch_begins(name, *rest):\n"
+        "    if name == 'torch':\n"
+        "        raise KeyboardInterrupt\n"
+        "    return real(name, *rest)\n"
+        "builtins.__import__ = as_torch_begins\n"
+        f"sys.argv = ['{script}.py']\n"
+        f"runpy.run_path('{script}.py', run_name='__main__')\n"
+    )
+    done = run("-c", interrupt, check=False)
+    assert (done.returncode, done.stderr) == (130, "stopped before it began\n")
+
+
 # --- a scheduler's SIGTERM ------------------------------------------------------------------------
 
 

@@ -16,7 +16,17 @@ from conftest import ROOT, TORCHRUN, inside, read_rows, refuses, run
 from safetensors.torch import load_file, save_file
 from test_train import children, command, same_run
 
-from support.runs import TERMINATED, Ranks, UserError, lock_folder, what_befell, write_jsonl
+from crosslora import read_description
+from support.runs import (
+    TERMINATED,
+    Ranks,
+    UserError,
+    lock_folder,
+    read_json,
+    what_befell,
+    write_json,
+    write_jsonl,
+)
 from support.watch import Watch
 from support.weights import read_checkpoint, read_shapes, read_tensors, write_tensors
 
@@ -149,6 +159,34 @@ def test_no_memory_left_is_one_line(checkpoint, data, tmp_path):
     assert "Traceback" not in done.stderr
 
 
+LISTENING = """
+import glob, os, sys
+sys.path.insert(0, {root!r})
+from support import runs
+ranks = runs.init_distributed("cpu")
+ranks.barrier()
+own = [os.readlink(link) for link in glob.glob("/proc/self/fd/*") if os.path.islink(link)]
+with open({out!r} + str(ranks.rank), "w") as file:
+    for line in [*open("/proc/self/net/tcp"), *open("/proc/self/net/tcp6")]:
+        fields = line.split()
+        if fields[3] == "0A" and f"socket:[{{fields[9]}}]" in own:  # listening, and ours
+            print(fields[1], file=file)
+ranks.barrier()
+"""
+
+
+def test_what_we_start_listens_to_this_machine_alone(tmp_path):
+    """torchrun's own store is torchrun's."""
+    (tmp_path / "listening.py").write_text(LISTENING.format(root=str(ROOT), out=f"{tmp_path}/"))
+    run(*TORCHRUN, tmp_path / "listening.py")
+    addresses = [(tmp_path / rank).read_text().split() for rank in "01"]
+    assert addresses[0] and addresses[1]
+    for address in addresses[0] + addresses[1]:
+        assert address.startswith("0100007F:"), address  # 127.0.0.1
+    run(tmp_path / "listening.py")
+    assert not (tmp_path / "0").read_text()
+
+
 # --- numbers --------------------------------------------------------------------------------------
 
 
@@ -208,6 +246,16 @@ def test_quantised_weights_are_refused_by_that_reason(tmp_path):
     save_file({"w": torch.ones(4, dtype=torch.int8)}, tmp_path / "x.safetensors")
     with pytest.raises(UserError, match="w is I8; of quantised checkpoints take the original"):
         read_shapes(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("lang", ["../x", "a/b", "", "de is", "\n"])
+def test_a_language_can_not_name_a_folder(lang, adapter_folder, tmp_path):
+    copy = shutil.copytree(adapter_folder, tmp_path / "adapter")
+    description = read_json(copy / "adapter.json")
+    description["languages"][1] = lang
+    write_json(copy / "adapter.json", description)
+    with pytest.raises(UserError, match="adapter.json: languages = .* can't be"):
+        read_description(copy)
 
 
 # --- two at once ----------------------------------------------------------------------------------

@@ -153,6 +153,7 @@ def test_a_kill_at_the_end_leaves_nothing_and_no_two_share_a_file(
 
 class Shouting(NamedTuple):
     identity: dict
+    place: str = "nowhere"
 
     def translate_each(self, rows, max_new_tokens, batch_size):
         return ((i, row["src"].upper(), "stop") for i, row in enumerate(rows))

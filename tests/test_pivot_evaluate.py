@@ -146,7 +146,7 @@ def scripted(tgt_lang, src):
 
 
 class Scripted:
-    languages, identity = list(LANGUAGES), {"backbone": "scripted"}
+    languages, identity, place = list(LANGUAGES), {"backbone": "scripted"}, "nowhere"
 
     def translate_each(self, rows, max_new_tokens, batch_size):
         for i, row in enumerate(rows):
@@ -323,10 +323,10 @@ def test_evaluate_bad_input(adapter_folder, sentences, tmp_path, monkeypatch):
     write_jsonl(tmp_path / "test.jsonl", [{**sentences[0], "src_lang": "de", "tgt_lang": "zh"}])
     base = script, "--adapter", adapter_folder, "--test", tmp_path / "test.jsonl", *o
     refuses(*base, "--all-directions", says="no pairs for zh-de")
-    refuses(*base, "--directions", "de-xx", says="'de-xx' is not a pair of known languages")
+    refuses(*base, "--directions", "de-xx", says="'de-xx' is no pair, such as de-zh")
     refuses(*base, says="either --all-directions or --directions")
     # An unset variable of the shell's, perhaps.
-    refuses(*base, "--directions", "", says="'' is not a pair of known languages")
+    refuses(*base, "--directions", "", says="'' is no pair, such as de-zh")
     anybody = script, "--directions", "de-zh", *o, "--hypotheses"
     refuses(*anybody, tmp_path / "test.jsonl", says="'hyp'")
     refuses(*anybody, tmp_path / "test.jsonl", "--via-english", says="have no part in it")

@@ -11,7 +11,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, run
+from conftest import ROOT, inside, run
 
 import train
 
@@ -157,6 +157,18 @@ def test_the_bench_page_shows_what_was_measured():
     assert printed("projection.py").partition("\n")[2] in page
     hours = json.loads((ROOT / "bench/results/projection.json").read_text())["gpu_hours"]["all"]
     assert f"about {hours:.1f} GPU-hours" in page
+
+
+def test_the_reliability_page_shows_what_was_measured_and_names_tests_that_are_there():
+    page = (ROOT / "docs/reliability.md").read_text(encoding="utf-8")
+    there = set()
+    for path in (ROOT / "tests").glob("test_*.py"):
+        there.update(node.name for node in functions(path.relative_to(ROOT)))
+    named = re.findall(r"`(test_\w+)`", page)
+    assert len(named) > 12 and not set(named) - there
+    for script in ("faults", "fuzz"):
+        shown = inside(ROOT / f"bench/{script}.py", "--show", ROOT / f"bench/results/{script}.json")
+        assert shown.count("|") > 50 and shown in page, script
 
 
 @pytest.mark.parametrize("script", ["report", "export", "baselines"])

@@ -477,7 +477,7 @@ def test_bad_input_is_one_line_before_any_work(checkpoint, data, adapter_folder,
     empty = tmp_path / "empty"
     empty.mkdir()
     (empty / "pseudo.train.jsonl").write_text("")
-    bad("--pseudo", empty, stage=2, says="no pseudo pairs")
+    bad("--pseudo", empty, stage=2, says="no pairs in it; Stage 2 would be")
     bad(data=tmp_path, says=["no manifest.json", "`python data.py --source publisher` makes it"])
     bad(model="./nowhere", says="no such folder")
     bad("--dropout 1.5", says="--dropout 1.5")
