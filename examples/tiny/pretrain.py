@@ -5,8 +5,10 @@ model.safetensors.
 
 A Llama-3-shaped decoder reads lines that hold the same sentence in three random languages; the loss
 counts from the second sentence on. So it learns that meaning carries over between languages, as a
-real backbone has, but nobody tells it which language comes next and it never sees an instruction:
-translating on request is left to the adapter.
+real backbone has. A tenth of the later lines are instructions as real chat models know them: the
+paper's prompt, all 30 directions, answered by the gist alone (who does what to whom, without time,
+place and adjectives). So the bare backbone mostly writes the language it is asked for, and
+translates badly; whole translations are left to the adapter.
 """
 
 import itertools
@@ -25,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from world import PHRASE, meanings, parts, sentence
 
 import model as backbone
-from data import IGNORE, LANGUAGES, PROMPT, read_flores, read_opus
+from data import IGNORE, LANGUAGES, PROMPT, Tokenizer, read_flores, read_opus
 from support.export import save_backbone
 from support.runs import ArgumentParser, UserError, claim, file_sha256, run_main, write_json
 
@@ -113,29 +115,62 @@ def random_model(config, folder):
     return model
 
 
-def batches(tokenizer, stream, rng, lines, phrase_steps):
-    """Endless (tokens, labels), both (B, T): BOS, one text in three languages after a space or
-    newline each, end of turn. The text is a phrase of a sentence, as in a dictionary, for
-    `phrase_steps` batches, then the sentence."""
-    begin, end = (tokenizer.token_to_id(t) for t in ("<|begin_of_text|>", "<|eot_id|>"))
-    for step in itertools.count():
-        rows = []
-        for _ in range(lines):
-            meaning, texts = next(stream), []
-            part = rng.choice([i for i, text in enumerate(parts(meaning, "en")) if text])
-            for lang in rng.sample(list(PHRASE), 3):
-                text = sentence(meaning, lang)
-                if step < phrase_steps:
-                    text = parts(meaning, lang)[part]
-                texts.append(tokenizer.encode(rng.choice(("\n", " ")) + text).ids)
-            rows.append(([begin, *texts[0]], [*texts[1], *texts[2], end]))
-        T = max(len(c) + len(t) for c, t in rows) - 1
-        tokens, labels = torch.zeros(lines, T, dtype=torch.long), torch.full((lines, T), IGNORE)
-        for row, (context, target) in enumerate(rows):
-            ids = torch.tensor(context + target)
-            tokens[row, : len(ids) - 1] = ids[:-1]
-            labels[row, len(context) - 1 : len(ids) - 1] = ids[len(context) :]
-        yield tokens, labels
+def gist(meaning):
+    """Who does what to whom, without time, place and adjectives."""
+    _, subject, _, verb, obj, _, _ = meaning
+    return None, subject, None, verb, obj, None, None
+
+
+class Lines:
+    """What the backbone reads, endlessly: (context, target) in token ids."""
+
+    def __init__(self, tokenizer, stream, rng, args):
+        """tokenizer: data.Tokenizer. stream: meanings."""
+        self.tokenizer, self.stream, self.rng, self.args = tokenizer, stream, rng, args
+
+    def three_languages(self, whole):
+        """BOS, one text in three languages after a space or newline each, end of turn. The text is
+        a sentence, or where `whole` is false a phrase of it, as in a dictionary."""
+        meaning, texts = next(self.stream), []
+        part = self.rng.choice([i for i, text in enumerate(parts(meaning, "en")) if text])
+        for lang in self.rng.sample(list(PHRASE), 3):
+            text = sentence(meaning, lang) if whole else parts(meaning, lang)[part]
+            texts.append(self.tokenizer.ids(self.rng.choice(("\n", " ")) + text))
+        begin = self.tokenizer.control["<|begin_of_text|>"]
+        return [begin, *texts[0]], [*texts[1], *texts[2], self.tokenizer.stop_ids[0]]
+
+    def instruction(self):
+        """The prompt of the paper, in the chat format, and the gist in answer."""
+        meaning = next(self.stream)
+        src_lang, tgt_lang = self.rng.sample(list(PHRASE), 2)
+        prompt = self.tokenizer.prompt(src_lang, tgt_lang, sentence(meaning, src_lang))
+        answer = self.tokenizer.ids(sentence(gist(meaning), tgt_lang))
+        return prompt, [*answer, self.tokenizer.stop_ids[0]]
+
+    def batches(self):
+        """(tokens, labels), both (B, T): phrases for --phrase-steps, then sentences, and
+        instructions among them."""
+        for step in itertools.count():
+            rows = []
+            whole = step >= self.args.phrase_steps
+            for _ in range(self.args.lines):
+                if whole and self.rng.random() < self.args.asked:
+                    rows.append(self.instruction())
+                else:
+                    rows.append(self.three_languages(whole))
+            yield padded(rows)
+
+
+def padded(rows):
+    """[(context, target), ...] as tokens and labels, both (B, T); the loss is the targets'."""
+    T = max(len(context) + len(target) for context, target in rows) - 1
+    tokens = torch.zeros(len(rows), T, dtype=torch.long)
+    labels = torch.full((len(rows), T), IGNORE)
+    for row, (context, target) in enumerate(rows):
+        ids = torch.tensor(context + target)
+        tokens[row, : len(ids) - 1] = ids[:-1]
+        labels[row, len(context) - 1 : len(ids) - 1] = ids[len(context) :]
+    return tokens, labels
 
 
 def parse_args():
@@ -150,6 +185,8 @@ def parse_args():
     add("--steps", type=int, default=700)
     add("--phrase-steps", type=int, default=300, help="steps on phrases before those on sentences")
     add("--lines", type=int, default=64, help="lines per step")
+    asked = "share of lines, after the phrases, that are instructions"
+    add("--asked", type=float, default=0.1, help=asked)
     add("--lr", type=float, default=4e-3)
     add("--seed", type=int, default=1)
     return parser.parse_args()
@@ -234,11 +271,12 @@ def main():
     torch.manual_seed(args.seed)
     shape = config_of(tokenizer, args.hidden_size, args.layers)
     model = random_model(shape, out)
+    save_tokenizer(tokenizer, out)
+    reads = Tokenizer(out, model.cfg)
     size = sum(p.numel() for p in model.parameters())
     print(f"{size:,} parameters, {tokenizer.get_vocab_size()} tokens")
-    lines = batches(tokenizer, stream, rng, args.lines, args.phrase_steps)
+    lines = Lines(reads, stream, rng, args).batches()
     pretrain(model, lines, args, out / "pretraining/checkpoint.pt")
-    save_tokenizer(tokenizer, out)
     save_backbone(model, shape, out)
     lock.close()
     print(f"{out}: saved")
