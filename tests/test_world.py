@@ -1,17 +1,21 @@
 """The toy world: grammar against sentences written by hand, corpora in the published layouts, no
 overlap."""
 
+import json
 import random
 from pathlib import Path
 
 import pytest
-from compare import CLAIMS, SYSTEMS, claims_table, results_table
+import torch
+from compare import SYSTEMS
 from conftest import ROOT, TORCHRUN, inside, read_rows, refuses, run
+from interference import measure
+from page import CLAIMS, claims_table, results_table
 from world import WORDS, meanings, sentence
 
 from data import LANGUAGES, read_flores, read_opus
 from support.report import PAPER
-from support.runs import read_json
+from support.runs import read_json, write_jsonl
 
 ENGLISH = {kind: [row[0] for row in rows] for kind, rows in WORDS.items()}
 
@@ -116,25 +120,58 @@ def averages_of(*bleus):
 
 
 def test_the_comparison_reads_its_seeds_as_a_statistician_would():
-    """Mean and standard deviation over seeds; differences paired by seed; a verdict only where
-    Student's 95 % interval leaves out zero."""
+    """Mean and Student's 95 % interval over seeds; differences paired by seed; a verdict only where
+    that interval leaves out zero."""
     scores = {
         "LoRA": averages_of(10, 20, 30),
         "CrossLoRA": averages_of(12, 22.5, 31.5),
         "3 Experts": averages_of(11, 24, 33),
         "w/o R-Drop": averages_of(15, 25, 34.6),
     }
-    table = results_table(scores, {"LoRA": 1234})
-    assert f"| LoRA | 1,234 |{' 20.00 ± 10.00 |' * 4} 1.0 ± 0.0 |" in table
-    lines = claims_table(scores, read_json(PAPER)).splitlines()
-    assert "| CrossLoRA over LoRA (Table 1) | +4.13 | 2.00 ± 0.50 | agrees |" in lines
+    systems = {}
+    for name, means in scores.items():
+        systems[name] = {"seeds": [{"averages": mean} for mean in means], "lr": "1e-3"}
+    systems["LoRA"]["parameters"] = 1234
+    table = results_table(systems)
+    half = 4.30 * 10 / 3**0.5
+    assert f"| LoRA | 1,234 | 1e-3 |{f' 20.00 ± {half:.2f} |' * 4} 1.0 ± 0.0 |" in table
+    within = {"CrossLoRA over LoRA": [7, 2]}
+    lines = claims_table(systems, read_json(PAPER), within).splitlines()
+    half = 4.30 * 0.5 / 3**0.5
+    assert (
+        f"| CrossLoRA over LoRA (Table 1) | +4.13 | 2.00 ± {half:.2f} | agrees | 7 / 2 |" in lines
+    )
 
     def says(start, end):
         return any(line.startswith(start) and line.endswith(end) for line in lines)
 
-    assert says("| CrossLoRA over 3 Experts (Table 3) | +0.38", "| the seeds don't tell |")
-    assert says("| CrossLoRA over w/o R-Drop (Table 6) | +0.53", "| contradicts |")
+    assert says("| CrossLoRA over 3 Experts (Table 3) | +0.38", "| the seeds don't tell | - / - |")
+    assert says("| CrossLoRA over w/o R-Drop (Table 6) | +0.53", "| contradicts | - / - |")
     assert len(lines) == 2 + 3 and set(SYSTEMS) >= {name for claim in CLAIMS for name in claim[:2]}
+
+
+def test_interference_is_the_cosine_of_gradients():
+    """Of all pairs of directions within a parameter; where nothing is shared, nothing is said."""
+    a, b = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 2.0])
+    found = measure({"x": [a, b, -a], "y": [b]})
+    assert found == {"cosine": round(-1 / 3, 4), "opposed": 33.33, "pairs": 3}
+    assert measure({"x": [a], "y": [b]})["pairs"] == 0
+
+
+def test_interference_of_an_adapter(adapter_folder, sentences, tmp_path):
+    """The gradients are those that automatic differentiation gives for each direction alone."""
+    rows = [row for row in sentences if row["src_lang"] == "de" or row["tgt_lang"] == "zh"]
+    write_jsonl(tmp_path / "test.jsonl", rows)
+    script = ROOT / "examples/tiny/interference.py"
+    shown = inside(script, "--adapter", adapter_folder, "--test", tmp_path / "test.jsonl")
+    found = json.loads(shown)
+    directions = {(row["src_lang"], row["tgt_lang"]) for row in rows}
+    shared = 0
+    for side in (0, 1):  # A by the source, B by the target
+        for lang in LANGUAGES:
+            users = sum(direction[side] == lang for direction in directions)
+            shared += users * (users - 1) // 2
+    assert found["pairs"] == 2 * 3 * shared > 0 and -1 <= found["cosine"] <= 1  # layers, modules
 
 
 def test_the_defaults_chain(tmp_path, monkeypatch):
