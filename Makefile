@@ -5,6 +5,8 @@
 #                 PLAIN=1: by the seven plain scripts alone, without fast/
 #   make compare  every adapter that the paper compares on that world, three seeds, on a CPU, in
 #                 10 to 30 minutes -> docs/results.md
+#   make small    the whole method on a small real model and real text, on one GPU or overnight on a
+#                 CPU; MODEL=, CORPORA=, SOURCE= as below, PAIRS=, PSEUDO=, TEST= per direction
 #   make test     the tests, without fast/ and with it
 #   make lint     formatter and linter
 #   make paper    the same chain with the paper's values, on two 80 GB GPUs; MODEL=..., CORPORA=...
@@ -24,9 +26,9 @@ endif
 
 tiny compare test: export CUDA_VISIBLE_DEVICES =  # on a CPU, whatever the machine has
 # torch warns of find_unused_parameters where the first batch uses every expert; later ones don't.
-tiny compare paper: export TORCH_CPP_LOG_LEVEL = ERROR
+tiny compare small paper: export TORCH_CPP_LOG_LEVEL = ERROR
 
-.PHONY: tiny compare test lint paper world
+.PHONY: tiny compare small test lint paper world
 
 PYTHON_IS = import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else \
   "make: needs Python 3.11 to 3.13 (COMET up to 3.12), and python3 is %d.%d; PYTHON3=... names another" % v)
@@ -71,6 +73,40 @@ tiny: world
 compare: world
 	$(PYTHON) examples/tiny/compare.py --world $(W)/world --backbone $(W)/backbone \
 	  --out runs/compare --results docs/results.md
+
+# --- a small real model ---------------------------------------------------------------------------
+
+small: MODEL = HuggingFaceTB/SmolLM2-135M-Instruct
+S       = runs/small/$(notdir $(MODEL:%/=%))
+PAIRS   = 1000
+PSEUDO  = 300
+TEST    = 100
+S_TRAIN = --model $(MODEL) --data $(S)/data --epochs 1 --save-every 20
+S_TEST  = --test $(S)/data/test.jsonl
+S_SCORE = --all-directions $(S_TEST) --max-new-tokens 128
+TRAINED = stage1 stage2 lora molora-static
+define NEWLINE
+
+
+endef
+
+small: .venv/installed
+	$(PYTHON) data.py --source $(SOURCE) --data $(CORPORA) --out $(S)/data \
+	  --train-pairs $(PAIRS) --flores-pairs 50 --dev-pairs 20 --test-pairs $(TEST)
+	$(PYTHON) train.py --stage 1 $(S_TRAIN) --out $(S)/stage1
+	$(PYTHON) pivot.py --adapter $(S)/stage1/adapter --data $(S)/data --out $(S)/pseudo \
+	  --pairs $(PSEUDO) --max-new-tokens 128
+	$(PYTHON) train.py --stage 2 $(S_TRAIN) --pseudo $(S)/pseudo --out $(S)/stage2
+	$(PYTHON) train.py --stage 2 $(S_TRAIN) --pseudo $(S)/pseudo --out $(S)/lora \
+	  --adapter-type lora
+	$(PYTHON) train.py --stage 2 $(S_TRAIN) --pseudo $(S)/pseudo --out $(S)/molora-static \
+	  --adapter-type molora-static
+	$(PYTHON) evaluate.py $(S_SCORE) --model $(MODEL) --out $(S)/scores/base
+	$(PYTHON) support/likelihood.py $(S_TEST) --model $(MODEL) --out $(S)/scores/base
+	$(foreach s,$(TRAINED),$(PYTHON) evaluate.py $(S_SCORE) --adapter $(S)/$(s)/adapter \
+	  --out $(S)/scores/$(s)$(NEWLINE)	$(PYTHON) support/likelihood.py $(S_TEST) \
+	  --adapter $(S)/$(s)/adapter --out $(S)/scores/$(s)$(NEWLINE)	)
+	$(PYTHON) support/report.py $(S)/scores/base $(TRAINED:%=$(S)/scores/%)
 
 # --- the tests ------------------------------------------------------------------------------------
 

@@ -207,6 +207,10 @@ def test_the_makefile_is_the_map_of_the_method():
         plan = plan_of(*goals)
         assert re.findall(steps, plan) == chain
         assert plan.count("--plain") == (6 if len(goals) == 2 else 0)
+    plan = plan_of("small")
+    assert re.findall(steps, plan) == [*chain[:4], *2 * chain[3:4], *5 * chain[4:5], chain[-1]]
+    assert plan.count("support/likelihood.py") == 5 and "SmolLM2-135M" in plan
+    assert "SmolLM2" not in plan_of("small", "MODEL=some/other") + plan_of("paper")
     assert re.findall(r"examples/tiny/(\w+)", plan_of("compare")) == [
         "world",
         "pretrain",
