@@ -24,7 +24,15 @@ from data import LANGUAGES, Tokenizer
 from pivot import PseudoCorpus
 from support.corpora import clean, read_jsonl
 from support.report import compare, curves, heat_maps
-from support.runs import UserError, file_errors, launch, read_json, replacing, write_json
+from support.runs import (
+    Launch,
+    UserError,
+    file_errors,
+    launch,
+    read_json,
+    replacing,
+    write_json,
+)
 from support.scores import score
 from support.text import comparable, is_empty, is_repetitive
 from support.translations import report_cut
@@ -233,12 +241,12 @@ def test_translations_are_utf_8_whatever_the_locale(adapter_folder):
 def test_a_rank_without_a_world_is_rank_0(monkeypatch):
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
-    assert launch() == (0, 1, 0, 1)
+    assert launch() == Launch(0, 1, 0, 1)
     monkeypatch.setenv("RANK", "1")
-    assert launch() == (0, 1, 0, 1)
+    assert launch() == Launch(0, 1, 0, 1)
     for empty in ("", "1", " "):
         monkeypatch.setenv("WORLD_SIZE", empty)
-        assert launch() == (0, 1, 0, 1)
+        assert launch() == Launch(0, 1, 0, 1)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="WORLD_SIZE=2 in the environment, but no .*torchrun"):
         launch()
