@@ -4,7 +4,7 @@
 #   make tiny     the whole pipeline on a toy world of six languages, on a CPU, in minutes;
 #                 PLAIN=1: by the seven plain scripts alone, without fast/
 #   make compare  every adapter that the paper compares on that world, three seeds, on a CPU, in
-#                 10 to 30 minutes -> docs/results.md
+#                 about an hour on 2 cores -> docs/results.md
 #   make small    the whole method on a small real model and real text, on one GPU or overnight on a
 #                 CPU; MODEL=, CORPORA=, SOURCE= as below, PAIRS=, PSEUDO=, TEST= per direction
 #   make test     the tests, without fast/ and with it
@@ -112,7 +112,7 @@ small: .venv/installed
 
 PYTEST   = -m pytest -q -n 2 --dist worksteal
 # What these test does not change with fast/.
-BLIND    = corpora scores chat crosslora model data cases faults fuzz
+BLIND    = corpora scores chat crosslora model data cases faults fuzz baselines likelihood
 
 # First without fast/, in a copy of the checkout: the seven plain scripts stand alone. Then with it,
 # all that it can change.
