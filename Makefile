@@ -111,7 +111,7 @@ small: .venv/installed
 # --- the tests ------------------------------------------------------------------------------------
 
 PYTEST   = -m pytest -q -n 2 --dist worksteal
-# What these test does not change with fast/.
+# What these test changes little or not at all with fast/, and the tests have twenty minutes in all.
 BLIND    = corpora scores chat crosslora model data cases faults fuzz baselines likelihood
 
 # First without fast/, in a copy of the checkout: the seven plain scripts stand alone. Then with it,

@@ -195,7 +195,7 @@ class Example(NamedTuple):
     prompt_length: int  # labels start here
     src_lang: str
     tgt_lang: str
-    pair: dict = {}  # as it was read
+    pair: dict | None = None  # as it was read
 
     @property
     def target_count(self) -> int:

@@ -224,9 +224,8 @@ def main() -> None:
 
     def translate(rows: list[dict], number: int, hop: str) -> list[dict]:
         file = out / "rounds" / f"{number}.{hop}.jsonl"
-        desc = f"round {number}: {hop}"
         sizes = args.batch_size, args.max_new_tokens
-        return translate_jsonl(engine, rows, file, *sizes, ranks, desc)
+        return translate_jsonl(engine, rows, file, *sizes, ranks, f"round {number}: {hop}")
 
     number = 0
     while corpus.goes_on():

@@ -35,7 +35,7 @@ from support import runs
 from support.export import dry_run
 from support.routing import router_shares
 from support.runs import Ranks, UserError
-from support.watch import Watch, check_dev_loss
+from support.watch import Watch, check_dev_loss, keep_last
 from support.weights import read_checkpoint
 
 Sums = tuple[Tensor, Tensor, Tensor]  # loss, nll, kl of forward_sums
@@ -247,7 +247,7 @@ def parse_args() -> Namespace:
     runs.at_least(1, args, "max_length", "save_every", "log_every")
     runs.within(1e32, args, "alpha", "rdrop_alpha", "lr", "weight_decay", "max_grad_norm")
     runs.within(1, args, "dropout", "warmup_ratio")
-    runs.within(2**31, args, "seed", "batch_size", "rank")
+    runs.within(2**31, args, "seed", "batch_size", "rank", "epochs", "max_length")
     return args
 
 
@@ -330,6 +330,7 @@ def save_checkpoint(run: Run, step: int, log: TextIO) -> None:
         "optimizer": run.optimizer.state_dict(),
     }
     path = Path(run.args.out) / "checkpoint.pt"
+    keep_last(path, bool(run.dev) and run.ends_epoch(step))
     with runs.replacing(path) as temporary, open(temporary, "wb") as file:
         torch.save(state, file)
 
@@ -409,7 +410,7 @@ def end_epoch(run: Run, step: int, log: TextIO, bar: tqdm) -> None:
     args, ranks, dev = run.args, run.ranks, run.dev
     if dev:
         report = evaluate_dev(run.loss, dev, args, ranks)
-        check_dev_loss(report["loss"], step, args.out)
+        check_dev_loss(report["loss"], step, args.out, ranks)
         line = {"step": step, "dev": report}
         if run.loss.adapter.learned:
             line["router_load"] = router_shares(run.loss, dev, ranks, args.micro_batch_size)
@@ -418,6 +419,7 @@ def end_epoch(run: Run, step: int, log: TextIO, bar: tqdm) -> None:
             bar.write(f"step {step}: dev " + json.dumps(report), file=sys.stdout)
     if ranks.rank == 0:
         crosslora.save_adapter(run.loss.adapter, Path(args.out) / "adapter", run.made_for, step)
+    ranks.barrier()  # a rank that SIGTERM ends here leaves none behind in the next step
 
 
 def execute(run: Run, config: dict, dropped: int, dev_dropped: int) -> None:
@@ -445,7 +447,7 @@ def execute(run: Run, config: dict, dropped: int, dev_dropped: int) -> None:
     with open(out / "metrics.jsonl" if chief else os.devnull, "a") as log:
         if chief:  # lines that the checkpoint does not know are written again
             log.seek(log.truncate(min(log_bytes, os.path.getsize(log.name))))
-        with runs.Termination(run.ranks) as end:
+        with runs.Termination(run.ranks, run.args.timeout) as end:
             fit(run, step, log, end)
     run.ranks.barrier()
     if chief:

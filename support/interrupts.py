@@ -16,4 +16,11 @@ def end_in_one_line(
     os._exit(130)  # 128 + SIGINT
 
 
-sys.excepthook = end_in_one_line
+def over() -> None:
+    """Python's own way with errors again."""
+    if sys.excepthook is end_in_one_line:
+        sys.excepthook = sys.__excepthook__
+
+
+if "torch" not in sys.modules:
+    sys.excepthook = end_in_one_line

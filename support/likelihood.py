@@ -99,13 +99,13 @@ def parse_args() -> Namespace:
 
 def main() -> None:
     args = parse_args()
+    if not (Path(args.out) / "scores.json").exists():
+        raise UserError(f"--out {args.out}: no evaluation's folder; evaluate.py comes first")
     pairs = read_jsonl(args.test, LANGUAGES)
     engine = load_engine(args.model, args.adapter, device=args.device, dtype=args.dtype)
     languages = {pair["src_lang"] for pair in pairs} | {pair["tgt_lang"] for pair in pairs}
     check_languages(engine, languages, args.adapter or args.model)
     found = by_group(sentence_nlls(engine, pairs, args.batch_size), pairs)
-    with runs.file_errors(args.out):
-        Path(args.out).mkdir(parents=True, exist_ok=True)
     result = {"identity": engine.identity, "test_sha256": runs.file_sha256(args.test)}
     runs.write_json(Path(args.out) / "likelihood.json", {**result, "nll_per_character": found})
     lines = []

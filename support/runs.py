@@ -3,6 +3,8 @@
 Nothing here knows of languages or translation.
 """
 
+import support.interrupts
+
 import argparse
 import atexit
 import contextlib
@@ -27,6 +29,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
+support.interrupts.over()  # torch is there: run_main, or whoever imports this, sees to Ctrl-C
 CHECKPOINT = [  # patterns of the files that a backbone needs
     "config.json",
     "generation_config.json",
@@ -209,6 +212,8 @@ def file_errors(path: str | Path, advice: str = "") -> Iterator[None]:
     except UnicodeEncodeError:
         raise UserError(f"{str(path)!a}: a name that is not UTF-8") from None
     except Exception as error:  # of torch, safetensors, json, ...
+        if what_befell(error):  # no memory: the file is not to blame
+            raise
         refusal = of_the_system(error)
         if refusal is None:
             refusal = reason(error) + (f"; {advice}" if advice else "")
@@ -546,9 +551,12 @@ class Termination:
     """SIGTERM, which schedulers send a while before they kill: inside `with` it is noted, and all
     ranks learn of it at the same step."""
 
-    def __init__(self, ranks: Ranks):
-        self.asked, self.leaves_at_once = False, False
-        self.group = dist.new_group(backend="gloo") if ranks.world > 1 else None
+    def __init__(self, ranks: Ranks, minutes: float):
+        """minutes: how long a rank waits for another."""
+        self.asked, self.leaves_at_once, self.group = False, False, None
+        if ranks.world > 1:
+            patience = datetime.timedelta(minutes=minutes)
+            self.group = dist.new_group(backend="gloo", timeout=patience)
 
     def __enter__(self) -> "Termination":
         self.before = signal.signal(signal.SIGTERM, self.note)
@@ -567,10 +575,12 @@ class Termination:
         """For long work between two steps that a resumed run does anew: this rank does not wait
         for the next step."""
         self.leaves_at_once = True
-        if self.asked:
-            raise SystemExit(TERMINATED)
-        yield
-        self.leaves_at_once = False
+        try:
+            if self.asked:
+                raise SystemExit(TERMINATED)
+            yield
+        finally:
+            self.leaves_at_once = False
 
     def agreed(self) -> bool:
         """Whether any rank was asked to end, the same answer on all."""
@@ -606,13 +616,13 @@ def add_device_arguments(parser: argparse.ArgumentParser) -> None:
     )
     # In translation whoever is done with its share waits for the slowest.
     patience = "minutes to wait for another process under torchrun before giving up"
-    parser.add_argument("--timeout", type=minutes, default=360, help=patience)
+    parser.add_argument("--timeout", type=some_minutes, default=360, help=patience)
 
 
-def minutes(text: str) -> float:
-    """A flag's value: more than nothing and at most a year."""
+def some_minutes(text: str) -> float:
+    """A flag's value: at least half a second and at most a year."""
     number = float(text)
-    if not 0 < number < 366 * 24 * 60:
+    if not 0.01 <= number < 366 * 24 * 60:
         raise argparse.ArgumentTypeError(f"{text} minutes can't be")
     return number
 

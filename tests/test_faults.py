@@ -194,7 +194,7 @@ class TwoRanks(Watch):
     """As if another rank had answered."""
 
     def of_all_ranks(self, value):
-        return [1.0, value]
+        return [(value[0], True), value]
 
 
 @pytest.mark.parametrize(
@@ -215,6 +215,21 @@ def test_what_went_wrong_where_and_on_what(norm, nll, says, tmp_path):
     with pytest.raises(UserError, match=says):
         watch.check()
     assert read_rows(tmp_path / "not_finite.jsonl") == [{"src": "a"}, {"src": "b"}]
+
+
+def test_a_dev_loss_that_is_no_number_keeps_the_checkpoint_before(checkpoint, data, tmp_path):
+    """At the first epoch's end there is a checkpoint of step 4 of 5; that of step 5 goes."""
+    out = tmp_path / "run"
+    source = (ROOT / "train.py").read_text(encoding="utf-8")
+    wild = source.replace("    report = means(sums.sum(0), args.rdrop_alpha)", "    report = BAD")
+    assert wild != source
+    copy = tmp_path / "train.py"
+    copy.write_text(wild.replace("= BAD", "= {'loss': float('nan')}"))
+    words = [copy, *command(checkpoint, data, out)[1:]]
+    refuses(*words, says=["the dev loss is nan after step 5", "the last checkpoint is of before"])
+    assert read_checkpoint(out / "checkpoint.pt")["step"] == 4
+    assert not (out / "checkpoint.last.pt").exists() and not (out / "adapter").exists()
+    inside(*command(checkpoint, data, out))  # without the fault it goes on
 
 
 # --- bits -----------------------------------------------------------------------------------------

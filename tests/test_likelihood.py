@@ -56,6 +56,10 @@ def test_per_character_and_its_interval():
 def test_command(adapter_folder, sentences, tmp_path):
     write_jsonl(tmp_path / "test.jsonl", sentences[:6])
     script = ROOT / "support/likelihood.py", "--test", tmp_path / "test.jsonl"
+    where = "--adapter", adapter_folder, "--out", tmp_path / "out"
+    refuses(*script, *where, says="no evaluation's folder; evaluate.py comes first")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/scores.json").write_text("{}")
     shown = inside(*script, "--adapter", adapter_folder, "--out", tmp_path / "out")
     found = read_json(tmp_path / "out/likelihood.json")["nll_per_character"]
     assert f"| all | {found['all']['nll']:.3f} |" in shown and math.isfinite(found["all"]["nll"])

@@ -110,7 +110,14 @@ class Comparison:
         folder, short = self.out / f"seed{seed}", f"{short_name(system)}-{lr}"
         flags = [flag.format(stage1=folder / "stage1") for flag in SYSTEMS[system]]
         run = folder / short
-        self.train(f"seed{seed}-{short}", 2, seed, run, lr, "--pseudo", folder / "pseudo", *flags)
+        pseudo = "--pseudo", folder / "pseudo"
+        try:
+            self.train(f"seed{seed}-{short}", 2, seed, run, lr, *pseudo, *flags)
+        except UserError as error:
+            if not (run / "not_finite.jsonl").exists():
+                raise
+            print(f"{error}: it diverged", file=sys.stderr)
+            return run, float("inf")
         dev = [row["dev"]["nll"] for row in read_rows(run / "metrics.jsonl") if "dev" in row]
         return run, dev[-1]
 
