@@ -189,9 +189,8 @@ class Attention(nn.Module):
         return self.o_proj(y.transpose(1, 2).flatten(2))  # (B, T, H, K) -> (B, T, H*K) -> (B, T, D)
 
     def split_heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(
-            1, 2
-        )  # (B, T, H*K) -> (B, H, T, K), or G for H
+        # (B, T, H*K) -> (B, T, H, K) -> (B, H, T, K), or G for H
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
 
 def adapted(projection: nn.Linear, x: Tensor, lora: dict | None, name: str) -> Tensor:

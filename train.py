@@ -355,10 +355,12 @@ def fit(run: Run, step: int, log: TextIO, end: runs.Termination) -> None:
     bar = runs.progress(None, ranks.rank, total=run.total, initial=step, desc=f"stage {args.stage}")
     watch = Watch(args.out, ranks)
     order, since, tokens = None, time.monotonic(), 0
-    if step and run.ends_epoch(step):  # stopped between its checkpoint and the end of its epoch
-        with end.at_once():
-            end_epoch(run, step, log, bar)
-    while step < run.total:
+    while True:
+        if step and run.ends_epoch(step):
+            with end.at_once():  # all is saved, and a resumed run comes here anew
+                end_epoch(run, step, log, bar)
+        if step == run.total:
+            break
         epoch, position = divmod(step, run.steps_per_epoch)
         if order is None or position == 0:
             order = epoch_order(len(train), args.seed, epoch)
@@ -399,9 +401,6 @@ def fit(run: Run, step: int, log: TextIO, end: runs.Termination) -> None:
             save_checkpoint(run, step, log)
         if ends:
             raise SystemExit(runs.TERMINATED)
-        if run.ends_epoch(step):
-            with end.at_once():  # all is saved, and a resumed run ends the epoch anew
-                end_epoch(run, step, log, bar)
     bar.close()
 
 

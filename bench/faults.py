@@ -33,6 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from support.report import markdown
 from support.runs import ArgumentParser, UserError, progress, read_json, run_main
+from support.weights import digest_of
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 TRAIN = "--model backbone --max-steps 40 --epochs 20 --lr 1e-2 --micro-batch-size 16 "
@@ -126,14 +127,13 @@ def signal_if_there(pid: int) -> None:
 
 def values_of(path: Path) -> bytes:
     """What a checkpoint.pt holds: as a zip file it has dates."""
-    digest, state = hashlib.sha256(), torch.load(path, weights_only=True)
-    digest.update(repr([state["step"], state["optimizer"]["param_groups"]]).encode())
-    for name, tensor in state["adapter"].items():
-        digest.update(name.encode() + tensor.numpy().tobytes())
+    state = torch.load(path, weights_only=True)
+    tensors = dict(state["adapter"])
     for number, moments in state["optimizer"]["state"].items():
         for name, tensor in moments.items():
-            digest.update(f"{number} {name}".encode() + tensor.numpy().tobytes())
-    return digest.digest()
+            tensors[f"{number} {name}"] = tensor
+    rest = [state["step"], state["optimizer"]["param_groups"]]
+    return f"{rest} {digest_of(tensors)}".encode()
 
 
 def contents(folder: Path) -> dict[str, str]:

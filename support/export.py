@@ -12,7 +12,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this is a command, too
@@ -27,7 +26,7 @@ from data import LANGUAGES, Tokenizer, encode, read_stage_data
 from model import CausalLM, Config, build
 from support import runs
 from support.runs import UserError
-from support.weights import read_tensors
+from support.weights import read_tensors, write_tensors
 
 PAPER_BACKBONES = {  # hidden_size, intermediate_size, layers, query and key/value heads, parameters
     "Llama-3-8B": (4096, 14336, 32, 32, 8, 8_030_261_248),
@@ -43,9 +42,8 @@ def save_backbone(model: CausalLM, config: dict, folder: str | Path) -> None:
     model.safetensors."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: p.detach().contiguous() for name, p in model.named_parameters()}
-    with runs.replacing(folder / "model.safetensors") as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"})
+    tensors = dict(model.named_parameters())
+    write_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
     runs.write_json(folder / "config.json", config)
 
 
@@ -122,8 +120,7 @@ def export_peft(folder: str | Path, src_lang: str, tgt_lang: str, out: str | Pat
         "inference_mode": True,
     }
     out.mkdir(parents=True, exist_ok=True)
-    with runs.replacing(out / "adapter_model.safetensors") as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"})
+    write_tensors(out / "adapter_model.safetensors", tensors, {"format": "pt"})
     runs.write_json(out / "adapter_config.json", config)
 
 

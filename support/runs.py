@@ -89,10 +89,16 @@ def run_main(main: Callable[[], None]) -> None:
         stop(line)
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """The host's memory or a GPU's."""
+    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return known or "can't allocate memory" in str(error)
+
+
 def what_befell(error: Exception) -> str | None:
     """The line for an error that is no bug: no memory left, or another process hung or died."""
     text = str(error)
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
+    if is_out_of_memory(error):
         flag = "--micro-batch-size" if Path(sys.argv[0]).name == "train.py" else "--batch-size"
         return (
             f"out of memory; lower {flag}, then the same command continues ({reason(error)[:99]})"
@@ -212,7 +218,7 @@ def file_errors(path: str | Path, advice: str = "") -> Iterator[None]:
     except UnicodeEncodeError:
         raise UserError(f"{str(path)!a}: a name that is not UTF-8") from None
     except Exception as error:  # of torch, safetensors, json, ...
-        if what_befell(error):  # no memory: the file is not to blame
+        if is_out_of_memory(error):  # the file is not to blame
             raise
         refusal = of_the_system(error)
         if refusal is None:
@@ -450,7 +456,8 @@ class Launch(NamedTuple):
     world: int
     local_rank: int
     local_world: int
-    restart: int | None = None  # number of torchrun's restarts so far, where all share its store
+    restart: int | None = None  # number of torchrun's restarts so far, where all share its store,
+    store: tuple[str, int] | None = None  # and that store's address
 
 
 def launch() -> Launch:
@@ -474,11 +481,12 @@ def launch() -> Launch:
     if values["RANK"] >= world or values["LOCAL_RANK"] >= local_world:
         wrong = f"RANK={values['RANK']}, LOCAL_RANK={values['LOCAL_RANK']}"
         raise UserError(f"{wrong} in the environment, but WORLD_SIZE={world}; {advice}")
-    restart = None
+    restart, store = None, None
     shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if shared and values["GROUP_WORLD_SIZE"] == 1:
         restart = values["TORCHELASTIC_RESTART_COUNT"]
-    return Launch(values["RANK"], world, values["LOCAL_RANK"], local_world, restart)
+        store = os.environ["MASTER_ADDR"], values["MASTER_PORT"]
+    return Launch(values["RANK"], world, values["LOCAL_RANK"], local_world, restart, store)
 
 
 class Ranks(NamedTuple):
@@ -539,8 +547,7 @@ def store_of(here: Launch, patience: datetime.timedelta) -> dist.Store:
     its restarts, or --max-restarts would lead to the addresses of those that have died
     (pytorch#135712). Machines count restarts each for itself; several need
     TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, by which torchrun makes a store per restart."""
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(address, port, is_master=False, timeout=patience)
+    store = dist.TCPStore(*here.store, is_master=False, timeout=patience)
     return dist.PrefixStore(f"restart {here.restart}", store)
 
 

@@ -158,11 +158,13 @@ def digest_of(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def write_tensors(path: str | Path, tensors: dict[str, Tensor]) -> None:
-    """A safetensors file whose metadata has its tensors' hash. Raises UserError."""
+def write_tensors(
+    path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """A safetensors file with this metadata, or else with its tensors' hash. Raises UserError."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with replacing(path) as temporary:
-        save_file(tensors, temporary, {"sha256": digest_of(tensors)})
+        save_file(tensors, temporary, metadata or {"sha256": digest_of(tensors)})
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
@@ -173,7 +175,7 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     with file_errors(path, DAMAGED), open_weights(path) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         expected = (file.metadata() or {}).get("sha256")
-    if expected not in (None, digest_of(tensors)):
+    if expected is not None and expected != digest_of(tensors):
         raise UserError(f"{path}: its numbers are not those that were written; copy it again")
     return tensors
 

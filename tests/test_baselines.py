@@ -17,6 +17,8 @@ from support.translations import job_of, translate_via_english
 sentencepiece = pytest.importorskip("sentencepiece")
 import transformers
 
+pytestmark = pytest.mark.once
+
 TEXT = [
     "Der Hund sieht den Tisch.",
     "The dog sees the table.",

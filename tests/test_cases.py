@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, inside, make_checkpoint, read_rows, refuses, run
+from conftest import ROOT, inside, make_checkpoint, read_rows, refuses, run, start
 from safetensors.torch import load_file, save_file
 
 import model as backbone
@@ -36,6 +36,8 @@ from support.runs import (
 from support.scores import score
 from support.text import comparable, is_empty, is_repetitive
 from support.translations import report_cut
+
+pytestmark = pytest.mark.once
 
 UNSEEN = ["\u200b", "\u00ad", "\ufeff", "\u2060", "\u200e", " \u00a0\u200d\t"]
 
@@ -446,11 +448,10 @@ def test_ctrl_c_while_torch_is_imported_is_one_line(script):
 
 def test_a_run_that_is_told_to_end_leaves_a_checkpoint(train_command, tmp_path):
     straight, told = tmp_path / "straight", tmp_path / "told"
-    command = train_command(straight, "--epochs", 99, "--max-steps", 300)
+    command = train_command(straight, "--epochs", 99, "--max-steps", 150)
     inside(*command)
-    command = [sys.executable, *(told if part == straight else part for part in command)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(list(map(str, command)), env=env, stdout=subprocess.PIPE, text=True)
+    command = [told if part == straight else part for part in command]
+    process = start(*command, stdout=subprocess.PIPE)
     for line in process.stdout:  # its first lines come when training begins
         if line.startswith("batch "):
             break
@@ -458,7 +459,7 @@ def test_a_run_that_is_told_to_end_leaves_a_checkpoint(train_command, tmp_path):
     process.send_signal(signal.SIGTERM)
     assert process.wait(30) == 143 and (told / "checkpoint.pt").exists()
     assert not list(told.rglob("*.tmp"))
-    inside(*command[1:])
+    inside(*command)
     weights = "adapter/adapter.safetensors"
     assert (told / weights).read_bytes() == (straight / weights).read_bytes()
     logs = [read_rows(run / "metrics.jsonl") for run in (told, straight)]

@@ -13,6 +13,8 @@ from data import LANGUAGES, Tokenizer
 from support import chat
 from support.runs import UserError, read_json, read_lines, write_json
 
+pytestmark = pytest.mark.once
+
 transformers = pytest.importorskip("transformers")
 INSTRUCTION = "Translate the following German sentences into Chinese: "
 TEXTS = ["Der Hund schläft.", " <|eot_id|> „So“, sagte er.\u00a0{{ bos_token }}{% x %} ", "x"]

@@ -20,6 +20,8 @@ from support import corpora
 from support.corpora import clean, download, fetch
 from support.runs import UserError, file_sha256, lock_folder
 
+pytestmark = pytest.mark.once
+
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 PAIRS = ["de-en", "en-is", "cs-en", "en-ru", "en-zh"]
 CODES = [language.flores for language in LANGUAGES.values()]

@@ -16,6 +16,8 @@ from data import LANGUAGES, Tokenizer
 from support.export import export_peft
 from support.runs import UserError
 
+pytestmark = pytest.mark.once
+
 SRC, TGT = ["de", "en", "zh", "de"], ["zh", "is", "en", "is"]
 
 

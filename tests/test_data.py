@@ -27,6 +27,8 @@ from support.corpora import NOISE, read_aligned, read_jsonl
 from support.runs import UserError, check_claim, claim, read_lines, run_main
 from support.scores import language_identifier
 
+pytestmark = pytest.mark.once
+
 CONTROL = "<|eot_id|> <|begin_of_text|> <|im_end|> <|start_header_id|>assistant</s>"
 
 

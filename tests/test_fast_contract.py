@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import make_checkpoint, randomise
+from conftest import ROOT, inside, make_checkpoint, randomise, refuses
 from test_train import setup
 
 import fast
@@ -13,7 +13,8 @@ from crosslora import ROUTES, CrossLoRA
 from data import LANGUAGES, Tokenizer
 from fast.attention import Rows
 from fast.layers import Cache, hidden_states
-from support.runs import UserError
+from support.runs import UserError, write_json, write_jsonl
+from support.translations import job_of
 
 
 def adapter_of(lm, variant):
@@ -142,3 +143,24 @@ def test_wanted_positions_are_those_of_the_whole_pass(lm):
             assert torch.allclose(last, whole[:, wanted[0]], atol=1e-5)
         for one, other in zip(caches[0].k + caches[0].v, caches[1].k + caches[1].v):
             assert torch.equal(one, other)
+
+
+def test_neither_kind_goes_on_with_what_the_other_began(adapter_folder, sentences, tmp_path):
+    """A pivot and an evaluation are refused, a translation keeps parts of its own."""
+    for name in ("test", "pivot.source"):
+        write_jsonl(tmp_path / f"{name}.jsonl", sentences[:8])
+    langs = ",".join(sorted({row["src_lang"] for row in sentences[:8]} | {"en"}))
+    write_json(tmp_path / "config.json", {"languages": langs})
+    pair = f"{sentences[0]['src_lang']}-{sentences[0]['tgt_lang']}"
+    evaluate = "evaluate.py", "--test", tmp_path / "test.jsonl", "--directions", pair
+    pivot = "pivot.py", "--data", tmp_path, "--pairs", 2, "--max-ratio", 50
+    for script, *flags in (evaluate, pivot):
+        where = "--adapter", adapter_folder, "--out", tmp_path / "out" / script
+        command = ROOT / script, *where, *flags, "--max-new-tokens", 3
+        inside(*command)
+        refuses(*command, "--plain", says="engine was 'fast', now 'plain'")
+    engines = []
+    for kind in (None, fast):
+        engines.append(generate.load_engine(None, adapter_folder, device="cpu", fast=kind))
+    jobs = {job_of(engine, sentences[:8], 3) for engine in engines}
+    assert len(jobs) == 2

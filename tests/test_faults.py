@@ -12,9 +12,9 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, TORCHRUN, inside, read_rows, refuses, run
+from conftest import ROOT, TORCHRUN, inside, read_rows, refuses, run, start
 from safetensors.torch import load_file, save_file
-from test_train import children, command, same_run
+from test_train import children, command, same_run, wait_for_lines
 
 from crosslora import read_description
 from support.runs import (
@@ -30,23 +30,7 @@ from support.runs import (
 from support.watch import Watch
 from support.weights import read_checkpoint, read_shapes, read_tensors, write_tensors
 
-
-def start(*flags):
-    """A command in the background, its messages to be read."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    pipe = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, *map(str, flags)], cwd=ROOT, env=env, **pipe)
-
-
-def wait_for_lines(process, out, lines):
-    """Until out/metrics.jsonl has so many lines."""
-    metrics, deadline = out / "metrics.jsonl", time.time() + 120
-    while process.poll() is None and time.time() < deadline:
-        if metrics.exists() and metrics.read_bytes().count(b"\n") >= lines:
-            return
-        time.sleep(0.005)
-    raise AssertionError(f"{metrics}: no {lines} lines in it")
-
+pytestmark = pytest.mark.once
 
 # --- ranks ----------------------------------------------------------------------------------------
 
@@ -63,7 +47,12 @@ def straight(checkpoint, data, tmp_path_factory):
 
 def test_torchrun_goes_on_after_a_rank_was_killed(checkpoint, data, straight, tmp_path):
     killed = tmp_path / "killed"
-    process = start(*TORCHRUN, "--max-restarts=1", *command(checkpoint, data, killed, SHORT))
+    process = start(
+        *TORCHRUN,
+        "--max-restarts=1",
+        *command(checkpoint, data, killed, SHORT),
+        stderr=subprocess.PIPE,
+    )
     wait_for_lines(process, killed, 9)
     os.kill(children(process.pid)[-1], signal.SIGKILL)
     _, errors = process.communicate(timeout=120)
@@ -73,7 +62,9 @@ def test_torchrun_goes_on_after_a_rank_was_killed(checkpoint, data, straight, tm
 
 def test_a_rank_that_hangs_ends_the_others_in_one_line(checkpoint, data, tmp_path):
     more = "--micro-batch-size 2 --epochs 200 --timeout 0.2"
-    process = start(*TORCHRUN, *command(checkpoint, data, tmp_path / "run", more))
+    process = start(
+        *TORCHRUN, *command(checkpoint, data, tmp_path / "run", more), stderr=subprocess.PIPE
+    )
     wait_for_lines(process, tmp_path / "run", 5)
     hung = children(process.pid)[-1]
     os.kill(hung, signal.SIGSTOP)
@@ -92,7 +83,7 @@ def test_sigterm_ends_both_ranks_after_the_same_step(checkpoint, data, straight,
     process = start(*TORCHRUN, *command(checkpoint, data, told, SHORT))
     wait_for_lines(process, told, 9)
     process.terminate()  # torchrun passes it on
-    process.communicate(timeout=30)
+    process.wait(30)
     assert read_checkpoint(told / "checkpoint.pt")["step"] >= 9
     run(*TORCHRUN, *command(checkpoint, data, told, SHORT))
     same_run(straight, told)
@@ -293,7 +284,7 @@ def test_two_that_prepare_the_same_data(tmp_path):
     subprocess.run([*world, "--train", "60", "--dev", "4", "--test", "3"], check=True)
     flags = [ROOT / "data.py", "--data", tmp_path / "world", "--train-pairs", 20]
     run(*flags, "--out", tmp_path / "alone")
-    two = [start(*flags, "--out", tmp_path / "shared") for _ in range(2)]
+    two = [start(*flags, "--out", tmp_path / "shared", stderr=subprocess.PIPE) for _ in range(2)]
     errors = [process.communicate(timeout=120)[1] for process in two]
     for process, error in zip(two, errors):
         assert process.returncode == 0 or "another process is at work" in error
@@ -308,7 +299,7 @@ def test_two_that_translate_into_one_file(adapter_folder, tmp_path):
     write_jsonl(tmp_path / "in.jsonl", rows)
     files = "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl"
     flags = ROOT / "generate.py", "--adapter", adapter_folder, *files, "--max-new-tokens", 4
-    two = [start(*flags) for _ in range(2)]
+    two = [start(*flags, stderr=subprocess.PIPE) for _ in range(2)]
     errors = [process.communicate(timeout=120)[1] for process in two]
     codes = sorted(process.returncode for process in two)
     assert codes in ([0, 0], [0, 2]), errors  # the second may have come when all was done

@@ -2,6 +2,7 @@
 runs with the suite; `CROSSLORA_FUZZ=500 pytest tests/test_fuzz.py` runs as many cases per kind."""
 
 import contextlib
+import functools
 import gc
 import io
 import json
@@ -18,6 +19,7 @@ from conftest import ROOT, inside, make_checkpoint
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from test_promises import help_of
 
 import data as data_script
 import evaluate
@@ -31,6 +33,8 @@ from support.corpora import NOISE, read_jsonl
 from support.runs import UserError, read_json, read_lines, run_main, write_json
 from support.text import comparable, is_empty
 from support.weights import open_weights, read_checkpoint, read_tensors, write_tensors
+
+pytestmark = pytest.mark.once
 
 CASES = int(os.environ.get("CROSSLORA_FUZZ", "15"))
 fuzz = settings(
@@ -358,14 +362,10 @@ ABSURD = ["0", "-1", "1e400", "nan", "-inf", "", " ", "x", "0x10", "1_000", "10"
 ABSURD += ["\0", "\n", "--", "-", "~", "../..", "de-de", "xx-yy", "x" * 100_000]
 
 
+@functools.cache
 def flags_of(script):
     """The flags that a script takes."""
-    printed = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
-        patch.setattr(sys, "argv", [script, "--help"])
-        with pytest.raises(SystemExit):
-            SCRIPTS[script].parse_args()
-    return sorted({*re.findall(r"--[a-z][\w-]+", printed.getvalue())} - {"--help"})
+    return sorted({*re.findall(r"--[a-z][\w-]+", help_of(f"{script}.py"))} - {"--help"})
 
 
 @fuzz

@@ -11,6 +11,8 @@ from generate import load_engine
 from support.likelihood import by_group, per_character, sentence_nlls
 from support.runs import read_json, write_jsonl
 
+pytestmark = pytest.mark.once
+
 
 def test_nll_of_references_equals_transformers(checkpoint, sentences):
     """Without an adapter, in mixed batches, padded or not."""

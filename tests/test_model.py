@@ -14,6 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 import model as backbone
 from support.runs import UserError, resolve
 
+pytestmark = pytest.mark.once
+
 SIZES = dict(
     vocab_size=300,
     hidden_size=64,

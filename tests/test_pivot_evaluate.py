@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 import sacrebleu
-from conftest import FAST, ROOT, TORCHRUN, inside, read_rows, refuses, run, two_machines
+from conftest import ROOT, TORCHRUN, inside, read_rows, refuses, run, two_machines
 
 from data import LANGUAGES, all_directions, read_flores
 from evaluate import choose
@@ -75,6 +75,7 @@ def source(sentences, tmp_path):
     return folder
 
 
+@pytest.mark.once
 def test_pivot_command(adapter_folder, source, tmp_path):
     """A random adapter's output is mostly rejected: every pair must be accounted for, whatever
     happens to it."""
@@ -114,8 +115,6 @@ def test_pivot_command(adapter_folder, source, tmp_path):
     one, two = (tmp_path / f"{name}/pseudo.train.jsonl" for name in ("one", "two"))
     assert one.read_bytes() == two.read_bytes()
     refuses(*command("one"), "--seed", 3, says="seed was 0, now 3")
-    if FAST:
-        refuses(*command("one"), "--plain", says="engine was 'fast', now 'plain'")
     # The first rank's refusal reaches the second.
     shown = run(*TORCHRUN, *command("one"), "--seed", 3, check=False)
     assert shown.returncode and "seed was 0, now 3" in shown.stderr
@@ -283,6 +282,7 @@ def test_averages_are_over_directions():
     assert list(choose([{"src_lang": "de", "tgt_lang": "zh"}], "f", "de-zh")) == [("de", "zh")]
 
 
+@pytest.mark.once
 def test_evaluate_command(adapter_folder, comet_folder, sentences, tmp_path):
     rows = []
     for s, (a, b) in itertools.product(sentences[:2], all_directions(list(LANGUAGES))):
@@ -297,8 +297,6 @@ def test_evaluate_command(adapter_folder, comet_folder, sentences, tmp_path):
     assert len(scores["directions"]) == 30
     assert set(scores["averages"]) == {"english", "non_english", "average"}
     assert (out / "table.md").read_text() in shown and "tok:zh" in shown
-    if FAST:
-        refuses(*command, "--plain", says="engine was 'fast', now 'plain'")
     # Anybody's hypotheses: ours scored again give the same, perfect ones give 100.
     hyps = read_rows(out / "hypotheses.jsonl")
     two_machines(*(tmp_path / "machines" if part == out else part for part in command))

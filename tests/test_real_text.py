@@ -1,6 +1,7 @@
 """The commands on real human translations in the published layouts; quality is not the point, that
 nothing breaks is."""
 
+import pytest
 import torch
 from conftest import ROOT, TORCHRUN, inside, read_rows, run
 from pretrain import config_of, random_model, save_tokenizer, train_tokenizer
@@ -8,6 +9,8 @@ from pretrain import config_of, random_model, save_tokenizer, train_tokenizer
 from data import LANGUAGES
 from support.export import save_backbone
 from support.runs import read_json, write_jsonl
+
+pytestmark = pytest.mark.once
 
 HARD = [
     "„So etwas“, sagte er – ‚nie‘.",

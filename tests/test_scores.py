@@ -17,6 +17,8 @@ from support.report import PAPER, audit, averages, heat_maps, tables_8_9
 from support.runs import UserError, read_json, write_json, write_jsonl
 from support.scores import RougeTokens, comet_scores, load_comet, paired_bootstrap, score
 
+pytestmark = pytest.mark.once
+
 REFS = {
     "de": ["Der Hund sieht den Tisch.", "Die Katze kauft ein schönes Haus."],
     "zh": ["那只狗看见桌子。", "那只猫买房子。"],

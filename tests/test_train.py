@@ -5,8 +5,6 @@ import math
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +21,7 @@ from conftest import (
     read_rows,
     refuses,
     run,
+    start,
     translate_batch,
     two_machines,
 )
@@ -289,20 +288,20 @@ def children(pid):
     return found
 
 
-def kill_when(command, out, lines):
-    """Start a command, and kill -9 it and its ranks once out/metrics.jsonl has so many lines."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, *map(str, command)],
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        env=environment,
-    )
+def wait_for_lines(process, out, lines):
+    """Until out/metrics.jsonl has so many lines."""
     metrics, deadline = out / "metrics.jsonl", time.time() + 120
     while process.poll() is None and time.time() < deadline:
         if metrics.exists() and metrics.read_bytes().count(b"\n") >= lines:
-            break
+            return
         time.sleep(0.005)
+    raise AssertionError(f"{metrics}: no {lines} lines in it")
+
+
+def kill_when(command, out, lines):
+    """Start a command, and kill -9 it and its ranks once out/metrics.jsonl has so many lines."""
+    process = start(*command)
+    wait_for_lines(process, out, lines)
     for pid in [process.pid, *children(process.pid)]:
         os.kill(pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL  # it was killed midway, not finished
@@ -329,6 +328,7 @@ def test_kill_and_resume_is_as_if_never_stopped(engine, checkpoint, data, tmp_pa
     same_run(straight, stopped)
 
 
+@pytest.mark.once
 def test_two_ranks_killed_and_resumed(checkpoint, data, tmp_path):
     """On the same number of processes the same bytes, through DistributedDataParallel."""
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
@@ -341,6 +341,7 @@ def test_two_ranks_killed_and_resumed(checkpoint, data, tmp_path):
     same_run(straight, stopped)
 
 
+@pytest.mark.once
 def test_stage_2_under_torchrun_sees_all_data(checkpoint, data, tmp_path):
     out, pseudo = tmp_path / "two", ("--pseudo", data / "pseudo")
     more = command(checkpoint, data, out, "--micro-batch-size 2", *pseudo, stage=2)
@@ -379,6 +380,7 @@ def test_one_and_two_processes_train_the_same_adapter(engine, checkpoint, data, 
         assert math.isclose(a["loss"], b["loss"], rel_tol=1e-4)
 
 
+@pytest.mark.once
 def test_two_machines_train_what_two_processes_train(checkpoint, data, tmp_path):
     more = "--micro-batch-size 2 --max-steps 4"
     outputs = two_machines(*command(checkpoint, data, tmp_path / "machines", more))
@@ -409,6 +411,7 @@ def test_training_leaves_an_absent_language_alone(engine, checkpoint, data, tmp_
         assert (index not in state["optimizer"]["state"]) == icelandic, name
 
 
+@pytest.mark.once
 def test_bad_input_under_torchrun_shows_the_line(checkpoint, data, tmp_path):
     bad = command(checkpoint, data, tmp_path / "out", "--micro-batch-size 4")
     done = run(*TORCHRUN, *bad, check=False)

@@ -24,12 +24,11 @@ sys.path.insert(0, str(ROOT))
 from page import BEGIN, CLAIMS, END, page_of, read_page
 from world import PHRASE
 
-from support.report import COLUMNS, read_hypotheses, read_scores
+from support.report import COLUMNS, read_curves, read_hypotheses, read_scores
 from support.runs import (
     ArgumentParser,
     UserError,
     read_json,
-    read_lines,
     run_main,
     write_atomic,
     write_json,
@@ -104,43 +103,41 @@ class Comparison:
         self.run(f"seed{seed}-pivot", "pivot.py", *where, "--pairs", self.args.pairs, *DECODE)
         self.evaluate(log, folder / "scores/stage1", *adapter)
 
-    def stage_2(self, job):
-        """Train Stage 2 of a (seed, system, lr). Returns (its run folder, its dev NLL)."""
+    def of(self, job):
+        """(the name of its logs, its run folder) of a (seed, system, lr)."""
         seed, system, lr = job
-        folder, short = self.out / f"seed{seed}", f"{short_name(system)}-{lr}"
-        flags = [flag.format(stage1=folder / "stage1") for flag in SYSTEMS[system]]
-        run = folder / short
-        pseudo = "--pseudo", folder / "pseudo"
+        run = self.out / f"seed{seed}" / f"{short_name(system)}-{lr}"
+        return f"seed{seed}-{run.name}", run
+
+    def stage_2(self, job):
+        """Train Stage 2 of a (seed, system, lr). Returns its dev NLL."""
+        (seed, system, lr), (log, run) = job, self.of(job)
+        stage1, pseudo = run.parent / "stage1", run.parent / "pseudo"
+        flags = [flag.format(stage1=stage1) for flag in SYSTEMS[system]]
         try:
-            self.train(f"seed{seed}-{short}", 2, seed, run, lr, *pseudo, *flags)
+            self.train(log, 2, seed, run, lr, "--pseudo", pseudo, *flags)
         except UserError as error:
             if not (run / "not_finite.jsonl").exists():
                 raise
             print(f"{error}: it diverged", file=sys.stderr)
-            return run, float("inf")
-        dev = [row["dev"]["nll"] for row in read_rows(run / "metrics.jsonl") if "dev" in row]
-        return run, dev[-1]
+            return float("inf")
+        _, dev = read_curves(run)
+        return dev[-1]["dev"]["nll"]
 
     def score(self, job):
         """Evaluate the run of a (seed, system, lr). Returns the evaluation's folder."""
-        seed, system, lr = job
-        folder, short = self.out / f"seed{seed}", f"{short_name(system)}-{lr}"
-        scores = folder / "scores" / short
-        self.evaluate(f"seed{seed}-{short}", scores, "--adapter", folder / short / "adapter")
+        log, run = self.of(job)
+        scores = run.parent / "scores" / run.name
+        self.evaluate(log, scores, "--adapter", run / "adapter")
         return scores
 
     def interference(self, job):
         """What interference.py says of the run of a (seed, system, lr)."""
-        seed, system, lr = job
-        short = f"{short_name(system)}-{lr}"
-        log = f"seed{seed}-{short}-interference"
-        adapter = "--adapter", self.out / f"seed{seed}" / short / "adapter"
-        self.run(log, "examples/tiny/interference.py", *adapter, "--test", self.data / "test.jsonl")
-        return json.loads((self.out / "logs" / f"{log}.log").read_text().splitlines()[-1])
-
-
-def read_rows(path):
-    return [json.loads(line) for line in read_lines(path)]
+        log, run = self.of(job)
+        where = "--adapter", run / "adapter", "--test", self.data / "test.jsonl"
+        self.run(f"{log}-interference", "examples/tiny/interference.py", *where)
+        log = self.out / "logs" / f"{log}-interference.log"
+        return json.loads(log.read_text().splitlines()[-1])
 
 
 def seed_of(scores):
@@ -217,9 +214,10 @@ def main():
         dev = dict(zip(tries, all_of(pool, comparison.stage_2, tries, "learning rates")))
         best = {}
         for system in args.systems:
-            best[system] = min(args.grid, key=lambda lr: dev[first, system, lr][1])  # noqa: B023
+            nlls = [dev[first, system, lr] for lr in args.grid]
+            best[system] = args.grid[nlls.index(min(nlls))]
         jobs = [(seed, system, best[system]) for seed in args.seeds for system in args.systems]
-        done = dict(zip(jobs, all_of(pool, comparison.stage_2, jobs, "stage 2")))
+        all_of(pool, comparison.stage_2, jobs, "stage 2")
         scores = dict(zip(jobs, all_of(pool, comparison.score, jobs, "scores")))
         own = [(first, system, best[system]) for system in args.systems]
         pulls = dict(zip(own, all_of(pool, comparison.interference, own, "interference")))
@@ -229,10 +227,10 @@ def main():
     systems["CrossLoRA, Stage 1"] = {"seeds": stage_1, "lr": args.lr}
     for system in args.systems:
         lr = best[system]
-        summary = read_json(done[first, system, lr][0] / "summary.json")
+        summary = read_json(comparison.of((first, system, lr))[1] / "summary.json")
         systems[system] = {
             "lr": lr,
-            "dev_nll": {lr: dev[first, system, lr][1] for lr in args.grid},
+            "dev_nll": {lr: dev[first, system, lr] for lr in args.grid},
             "parameters": summary["trainable_parameters"],
             "steps": summary["steps"],
             "seeds": [seed_of(scores[seed, system, lr]) for seed in args.seeds],

@@ -72,10 +72,8 @@ def interval(values):
 
 
 def mean_and_interval(values, digits=2):
-    half = interval(values)
-    return f"{statistics.mean(values):.{digits}f}" + (
-        "" if half is None else f" ± {half:.{digits}f}"
-    )
+    mean, half = f"{statistics.mean(values):.{digits}f}", interval(values)
+    return mean if half is None else f"{mean} ± {half:.{digits}f}"
 
 
 def results_table(systems):
