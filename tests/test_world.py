@@ -10,11 +10,11 @@ import torch
 from compare import SYSTEMS
 from conftest import ROOT, TORCHRUN, inside, read_rows, refuses, run
 from interference import measure
-from page import CLAIMS, claims_table, results_table
+from page import CLAIMS, MAKER, TITLE, claims_table, page_of, results_table
 from world import WORDS, meanings, sentence
 
 from data import LANGUAGES, read_flores, read_opus
-from support.report import PAPER
+from support.report import PAPER, page_around
 from support.runs import read_json, write_jsonl
 
 ENGLISH = {kind: [row[0] for row in rows] for kind, rows in WORDS.items()}
@@ -212,3 +212,11 @@ def test_the_defaults_chain(tmp_path, monkeypatch):
     assert len(scores["directions"]) == 30 and done.stdout.splitlines()[2].startswith("| stage2 |")
     one = run(ROOT / "generate.py", "--src", "de", "--tgt", "is", "Guten Morgen.", cwd=tmp_path)
     assert one.stdout.strip() and not list(tmp_path.rglob("*.tmp"))
+
+
+def test_the_results_page_is_what_was_measured():
+    page = ROOT / "docs/results.md"
+    before, behind = page_around(page, MAKER, TITLE)
+    data = read_json(ROOT / "docs/data/compare.json")
+    assert page.read_text(encoding="utf-8") == before + page_of(data) + behind
+    assert set(SYSTEMS) < set(data["systems"]) and len(data["seeds"]) == 3

@@ -21,10 +21,10 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-from page import BEGIN, CLAIMS, END, page_of, read_page
+from page import CLAIMS, MAKER, TITLE, page_of
 from world import PHRASE
 
-from support.report import COLUMNS, read_curves, read_hypotheses, read_scores
+from support.report import COLUMNS, page_around, read_curves, read_hypotheses, read_scores
 from support.runs import (
     ArgumentParser,
     UserError,
@@ -181,7 +181,7 @@ def parse_args():
     add("--jobs", type=int, default=os.cpu_count(), help="runs at a time, a thread each")
     add("--lr", default="5e-3", help="peak learning rate of Stage 1")
     grid = "learning rates of Stage 2: each system takes its best by dev NLL at the first seed"
-    add("--grid", default="2.5e-3,5e-3,1e-2", help=grid)
+    add("--grid", default="1.25e-3,2.5e-3,5e-3,1e-2", help=grid)
     add("--data-out", default="docs/data/compare.json", help="what --results is made from")
     args = parser.parse_args()
     args.systems, seeds = args.systems.split(","), args.seeds.split(",")
@@ -202,7 +202,7 @@ def all_of(pool, function, jobs, desc):
 def main():
     args = parse_args()
     path = Path(args.results)
-    before, behind = read_page(path)
+    before, behind = page_around(path, MAKER, TITLE)
     comparison = Comparison(args)
     comparison.prepare_data()
     first = args.seeds[0]
@@ -246,7 +246,7 @@ def main():
         file.parent.mkdir(parents=True, exist_ok=True)
     write_json(args.data_out, data)
     text = page_of(data)
-    write_atomic(path, f"{before}{BEGIN}\n\n{text}\n{END}{behind}")
+    write_atomic(path, before + text + behind)
     print(f"{text}\n{path}")
 
 
