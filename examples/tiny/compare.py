@@ -24,7 +24,14 @@ sys.path.insert(0, str(ROOT))
 from page import CLAIMS, MAKER, TITLE, page_of
 from world import PHRASE
 
-from support.report import COLUMNS, page_around, read_curves, read_hypotheses, read_scores
+from support.report import (
+    COLUMNS,
+    mean_scores,
+    page_around,
+    read_curves,
+    read_hypotheses,
+    read_scores,
+)
 from support.runs import (
     ArgumentParser,
     UserError,
@@ -142,18 +149,19 @@ class Comparison:
 
 def seed_of(scores):
     """What the page needs of an evaluation's folder."""
-    found, off_target = read_scores(scores), {}
+    found, targets = read_scores(scores), {}
     for lang in PHRASE:
-        rates = []
+        own = []
         for name, of_direction in found["directions"].items():
             if name.endswith(f"-{lang}"):
-                rates.append(of_direction["off_target"])
-        off_target[lang] = round(sum(rates) / len(rates), 2)
+                own.append(of_direction)
+        means = mean_scores(own)
+        targets[lang] = {key: round(means[key], 2) for key in KEPT}
     averages = {}
     for column in COLUMNS:
         kept = {key: round(found["averages"][column][key], 3) for key in KEPT}
         averages[column] = kept
-    return {"averages": averages, "off_target": off_target}
+    return {"averages": averages, "targets": targets}
 
 
 def bootstrap(first, second, samples):
