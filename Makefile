@@ -4,9 +4,10 @@
 #   make tiny     the whole pipeline on a toy world of six languages, on a CPU, in minutes;
 #                 PLAIN=1: by the seven plain scripts alone, without fast/
 #   make compare  every adapter that the paper compares on that world, three seeds, on a CPU, in
-#                 about an hour on 2 cores -> docs/results.md
+#                 an hour on 2 cores -> docs/results.md
 #   make small    the whole method on a small real model and real text, on one GPU or overnight on a
-#                 CPU; MODEL=, CORPORA=, SOURCE= as below, PAIRS=, PSEUDO=, TEST= per direction
+#                 CPU -> runs/small/.../real-text.md; MODEL=, CORPORA=, SOURCE= as below; PAIRS=,
+#                 FLORES=, PSEUDO=, TEST= per direction, TRIES= per pseudo pair, BATCH=
 #   make test     the tests, without fast/ and with it
 #   make lint     formatter and linter
 #   make paper    the same chain with the paper's values, on two 80 GB GPUs; MODEL=..., CORPORA=...
@@ -79,9 +80,13 @@ compare: world
 small: MODEL = HuggingFaceTB/SmolLM2-135M-Instruct
 S       = runs/small/$(notdir $(MODEL:%/=%))
 PAIRS   = 1000
+FLORES  = 50
 PSEUDO  = 300
+TRIES   = 20
 TEST    = 100
-S_TRAIN = --model $(MODEL) --data $(S)/data --epochs 1 --save-every 20
+BATCH   = 32
+MACHINE = a machine of unknown kind
+S_TRAIN = --model $(MODEL) --data $(S)/data --epochs 1 --batch-size $(BATCH) --save-every 20
 S_TEST  = --test $(S)/data/test.jsonl
 S_SCORE = --all-directions $(S_TEST) --max-new-tokens 128
 TRAINED = stage1 stage2 lora molora-static
@@ -92,10 +97,11 @@ endef
 
 small: .venv/installed
 	$(PYTHON) data.py --source $(SOURCE) --data $(CORPORA) --out $(S)/data \
-	  --train-pairs $(PAIRS) --flores-pairs 50 --dev-pairs 20 --test-pairs $(TEST)
+	  --train-pairs $(PAIRS) --flores-pairs $(FLORES) --dev-pairs 10 --test-pairs $(TEST) \
+	  --flores-test
 	$(PYTHON) train.py --stage 1 $(S_TRAIN) --out $(S)/stage1
 	$(PYTHON) pivot.py --adapter $(S)/stage1/adapter --data $(S)/data --out $(S)/pseudo \
-	  --pairs $(PSEUDO) --max-new-tokens 128
+	  --pairs $(PSEUDO) --max-tries $(TRIES) --max-new-tokens 128
 	$(PYTHON) train.py --stage 2 $(S_TRAIN) --pseudo $(S)/pseudo --out $(S)/stage2
 	$(PYTHON) train.py --stage 2 $(S_TRAIN) --pseudo $(S)/pseudo --out $(S)/lora \
 	  --adapter-type lora
@@ -107,6 +113,8 @@ small: .venv/installed
 	  --out $(S)/scores/$(s)$(NEWLINE)	$(PYTHON) support/likelihood.py $(S_TEST) \
 	  --adapter $(S)/$(s)/adapter --out $(S)/scores/$(s)$(NEWLINE)	)
 	$(PYTHON) support/report.py $(S)/scores/base $(TRAINED:%=$(S)/scores/%)
+	$(PYTHON) examples/real_text.py --run $(S) --page $(S)/real-text.md \
+	  --data-out $(S)/real-text.json --machine "$(MACHINE)"
 
 # --- the tests ------------------------------------------------------------------------------------
 

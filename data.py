@@ -326,18 +326,17 @@ def prepare(root: str | Path, languages: list[str], args: Namespace) -> tuple[di
         test = corpora.full_pairs(opus[lang, "test"])[: args.test_pairs]
         files["stage1.train"] += both_ways(lang, sample)
         files["stage1.dev"] += both_ways(lang, dev)
-        files["test"] += both_ways(lang, test)
+        files["test"] += [] if args.flores_test else both_ways(lang, test)
         files["pivot.source"] += [pair_row(lang, PIVOT, x, en, "opus-100") for en, x in source]
         report[lang] = {**count, "stage1": len(sample), "pivot_source": len(source)}
         report[lang].update(dev=len(dev), test=len(test))
     for src_lang, tgt_lang in all_directions(languages):
+        stage_2 = is_non_english((src_lang, tgt_lang))
         train = flores_rows(flores["dev"], languages, src_lang, tgt_lang)[: args.flores_pairs]
-        if is_non_english((src_lang, tgt_lang)):
+        files["stage2.flores" if stage_2 else "stage1.train"] += train
+        if stage_2 or args.flores_test:
             test = flores_rows(flores["devtest"], languages, src_lang, tgt_lang)
-            files["stage2.flores"] += train
             files["test"] += test[: args.test_pairs]
-        else:
-            files["stage1.train"] += train
     return files, report
 
 
@@ -393,6 +392,7 @@ def parse_args() -> Namespace:
     add("--train-pairs", type=int, default=20000, help="OPUS-100's per direction (section 4.1)")
     add("--dev-pairs", type=int, default=2000, help="per direction (Table 5)")
     add("--test-pairs", type=int, default=2000, help="per direction at most (Table 5)")
+    add("--flores-test", action="store_true", help="test on FLORES-200 where English is, too")
     add("--pivot-pairs", type=int, default=100000, help="sentences per language, for pivot.py")
     add("--flores-pairs", type=int, help="FLORES-200's per direction at most (Table 5: all 997)")
     noise = "noise to remove from OPUS-100's training pairs, or none; each kind is counted"

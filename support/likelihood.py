@@ -56,7 +56,8 @@ def sentence_nlls(engine: Engine, pairs: list[dict], batch_size: int) -> list[fl
 
 
 def per_character(nlls: list[float], pairs: list[dict], samples: int = 1000) -> dict:
-    """NLL per character of the references with its 95 % interval, by resampling sentences."""
+    """NLL per character of the references with its 95 % interval, by resampling pairs (one sentence
+    in several directions counts as several)."""
     lengths = [len(pair["tgt"].strip()) for pair in pairs]
     rng, means = random.Random(0), []
     for _ in range(samples):
@@ -105,9 +106,11 @@ def main() -> None:
     engine = load_engine(args.model, args.adapter, device=args.device, dtype=args.dtype)
     languages = {pair["src_lang"] for pair in pairs} | {pair["tgt_lang"] for pair in pairs}
     check_languages(engine, languages, args.adapter or args.model)
-    found = by_group(sentence_nlls(engine, pairs, args.batch_size), pairs)
+    nlls = sentence_nlls(engine, pairs, args.batch_size)
+    found = by_group(nlls, pairs)
     result = {"identity": engine.identity, "test_sha256": runs.file_sha256(args.test)}
-    runs.write_json(Path(args.out) / "likelihood.json", {**result, "nll_per_character": found})
+    result.update(nll_per_character=found, nlls=[round(nll, 4) for nll in nlls])
+    runs.write_json(Path(args.out) / "likelihood.json", result)
     lines = []
     for name, of_group in found.items():
         interval = f"{of_group['low']:.3f} to {of_group['high']:.3f}"

@@ -139,6 +139,27 @@ def comet_scores(
     return [100 * score for score in result.scores]
 
 
+def resampled(
+    rows: list[dict], tgt_lang: str, draws: np.ndarray
+) -> dict[str, tuple[float, np.ndarray]]:
+    """BLEU and chrF++ of one direction's rows, and of each resample of them: {key: (score,
+    (samples,))}. draws (samples, rows): which rows a resample takes. Each sentence's counts are
+    taken once, as in sacrebleu's own bootstrap."""
+    hyps, refs = [row["hyp"] for row in rows], [row["tgt"] for row in rows]
+    found = {}
+    for key, metric in (
+        ("bleu", BLEU(tokenize=LANGUAGES[tgt_lang].bleu)),
+        ("chrf", CHRF(word_order=2)),
+    ):
+        counts = np.array(metric._extract_corpus_statistics(hyps, [refs]))  # (rows, counts)
+        scores = []
+        for chosen in (np.arange(len(rows)), *draws):
+            sums = counts[chosen].sum(0).tolist()
+            scores.append(metric._compute_score_from_stats(sums).score)
+        found[key] = scores[0], np.array(scores[1:])
+    return found
+
+
 def paired_bootstrap(
     ours: list[dict], theirs: list[dict], tgt_lang: str, samples: int = 1000
 ) -> dict[str, dict]:

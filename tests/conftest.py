@@ -16,7 +16,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "examples/tiny")]
+sys.path[:0] = [str(ROOT), str(ROOT / "examples"), str(ROOT / "examples/tiny")]
 
 from pretrain import config_of, random_model, save_tokenizer, train_tokenizer
 from world import meanings, sentence

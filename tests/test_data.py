@@ -146,10 +146,10 @@ def corpora(root, train=60, dev=8, test=9, flores=(7, 6)):
     return root
 
 
-def sizes(train=20000, dev=2000, test=2000, pivot=100000, seed=0):
+def sizes(train=20000, dev=2000, test=2000, pivot=100000, seed=0, flores_test=False):
     """What prepare reads of data.py's arguments."""
     pairs = {"train_pairs": train, "dev_pairs": dev, "test_pairs": test, "pivot_pairs": pivot}
-    pairs["flores_pairs"] = None
+    pairs.update(flores_pairs=None, flores_test=flores_test)
     return SimpleNamespace(**pairs, drop=list(NOISE), max_ratio=5.0, seed=seed)
 
 
@@ -181,6 +181,11 @@ def test_sampling_counts_and_disjointness(tmp_path):
     assert files["pivot.source"][0]["tgt_lang"] == "en"
     assert prepare(tmp_path, languages, sizes(20, 5, 8))[0] == files
     assert prepare(tmp_path, languages, sizes(20, 5, 8, seed=1))[0] != files
+    other, _ = prepare(tmp_path, languages, sizes(20, 5, 8, flores_test=True))
+    rows = other.pop("test")
+    assert directions(rows) == dict.fromkeys(english + others, 6)
+    assert {row["origin"] for row in rows} == {"flores-200"}
+    assert other == {name: files[name] for name in other}  # the rest is the same
 
 
 def test_command_writes_once_and_guards_its_folder(tmp_path):

@@ -15,7 +15,14 @@ from conftest import ROOT, inside, read_rows, refuses
 from data import LANGUAGES, all_directions, group_of
 from support.report import PAPER, audit, averages, heat_maps, tables_8_9
 from support.runs import UserError, read_json, write_json, write_jsonl
-from support.scores import RougeTokens, comet_scores, load_comet, paired_bootstrap, score
+from support.scores import (
+    RougeTokens,
+    comet_scores,
+    load_comet,
+    paired_bootstrap,
+    resampled,
+    score,
+)
 
 pytestmark = pytest.mark.once
 
@@ -309,3 +316,17 @@ def test_the_papers_tables_as_an_auditor_reads_them():
     )
     assert "| ru-zh | 24.96 |" in tables_8_9({"NLLB": paper["directions"]["NLLB-3.3B"]})
     assert sacrebleu.__version__ == "2.6.0"  # the signature that README prints
+
+
+@pytest.mark.parametrize("tgt_lang", ["de", "zh"])
+def test_a_resample_is_scored_as_a_corpus_of_its_sentences(tgt_lang, sentences):
+    texts = [s["src"] for s in sentences if s["src_lang"] == tgt_lang][:9]
+    rows = [{"tgt": text, "hyp": text[: len(text) - 3 * i]} for i, text in enumerate(texts)]
+    draws = np.random.default_rng(0).integers(0, len(rows), (3, len(rows)))
+    found = resampled(rows, tgt_lang, draws)
+    for i, chosen in enumerate((range(len(rows)), *draws)):
+        picked = [rows[j] for j in chosen]
+        wanted = score(picked, tgt_lang, str)
+        for key, (own, samples) in found.items():
+            assert (own, *samples)[i] == pytest.approx(wanted[key])
+    assert len(set(found["bleu"][1])) > 1
