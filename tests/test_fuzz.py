@@ -340,7 +340,8 @@ def test_corpora(corpora, tmp_path, data):
     whole = file.read_bytes()
     odd = data.draw(st.booleans())
     file.write_bytes(of_odd_lines(data.draw, whole) if odd else data.draw(damaged(whole)))
-    args = SimpleNamespace(train_pairs=5, dev_pairs=2, test_pairs=2, pivot_pairs=5)
+    sizes = {"train_pairs": 5, "dev_pairs": 2, "test_pairs": 2, "pivot_pairs": 5}
+    args = SimpleNamespace(**sizes, flores_test=False)
     args.flores_pairs, args.drop, args.max_ratio, args.seed = None, NOISE, 5.0, 0
     languages = list(LANGUAGES)
     found = refused_or_read(lambda: prepare(copy, languages, args), copy)
