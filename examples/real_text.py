@@ -23,6 +23,7 @@ from support import runs
 from support.corpora import NOISE, read_jsonl
 from support.report import (
     COLUMNS,
+    better_and_worse,
     by_direction,
     markdown,
     page_around,
@@ -31,7 +32,7 @@ from support.report import (
     read_scores,
 )
 from support.runs import UserError
-from support.scores import language_identifier, paired_bootstrap, resampled
+from support.scores import language_identifier, resampled
 from support.text import comparable, is_repetitive
 
 MAKER, TITLE = "examples/real_text.py", "A small real model on real text"
@@ -90,16 +91,6 @@ def per_character(nlls: list[float], pairs: list[dict], draws: np.ndarray) -> di
         mean = round(float(nll.sum() / characters.sum()), 4)
         found[group] = {"mean": mean, "interval": middle(values)}
     return found
-
-
-def better_and_worse(ours: dict, theirs: dict, samples: int) -> dict[str, list[int]]:
-    """{metric: [directions in which `ours` is better than `theirs`, worse]}, p < 0.05."""
-    counts = {"bleu": [0, 0], "chrf": [0, 0]}
-    for pair in runs.progress(ours, desc="paired bootstrap"):
-        for key, found in paired_bootstrap(ours[pair], theirs[pair], pair[1], samples).items():
-            if found["ours"] != found["theirs"] and found["p"] < 0.05:
-                counts[key][found["ours"] < found["theirs"]] += 1
-    return counts
 
 
 # --- what the run folder says ---------------------------------------------------------------------
@@ -216,10 +207,8 @@ def model_name(backbone: str) -> str:
 def gather(run: Path, samples: int, machine: str) -> dict:
     """What the page is made from. Raises UserError for a run that isn't finished."""
     scores, test = run / "scores", run / "data/test.jsonl"
-    manifest, config = (
-        runs.read_json(run / "data/manifest.json"),
-        runs.read_json(run / OURS / "config.json"),
-    )
+    manifest = runs.read_json(run / "data/manifest.json")
+    config = runs.read_json(run / OURS / "config.json")
     pairs, count = read_test(test)
     draws = np.random.default_rng(0).integers(0, count, (samples, count))
     backbone = runs.read_json(run / OURS / "adapter/adapter.json")["backbone"]

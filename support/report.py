@@ -339,6 +339,25 @@ def read_hypotheses(folder: str | Path) -> dict[tuple[str, str], list[dict]]:
     return by_direction(read_jsonl(file, LANGUAGES, need=("tgt",), text=("hyp",)))
 
 
+def winner_of(result: dict) -> int | None:
+    """0 where paired_bootstrap's result finds ours better, 1 where worse, None where p >= 0.05."""
+    if result["p"] >= 0.05 or result["ours"] == result["theirs"]:
+        return None
+    return int(result["ours"] < result["theirs"])
+
+
+def better_and_worse(ours: dict, theirs: dict, samples: int) -> dict[str, list[int]]:
+    """{metric: [directions in which `ours` is better than `theirs`, worse]} of hypotheses as
+    read_hypotheses gives them."""
+    counts = {"bleu": [0, 0], "chrf": [0, 0]}
+    for pair in runs.progress(ours, desc="paired bootstrap"):
+        for key, result in paired_bootstrap(ours[pair], theirs[pair], pair[1], samples).items():
+            winner = winner_of(result)
+            if winner is not None:
+                counts[key][winner] += 1
+    return counts
+
+
 def against(folder: str | Path, other: str | Path, samples: int) -> str:
     """Markdown: paired bootstrap of two finished evaluations, a line per direction
     (scores.paired_bootstrap). Raises UserError if they have no direction in common or translated
@@ -357,8 +376,8 @@ def against(folder: str | Path, other: str | Path, samples: int) -> str:
             for side in ("ours", "theirs"):
                 line.append(f"{result[side]:.2f} ± {result[f'{side}_ci']:.2f}")
             line.append("-" if tie else f"{result['p']:.3f}")
-            if result["p"] < 0.05 and not tie:
-                winner = 0 if result["ours"] > result["theirs"] else 1
+            winner = winner_of(result)
+            if winner is not None:
                 better[key][winner] += 1
         lines.append(line)
     names = [Path(folder).name, Path(other).name]

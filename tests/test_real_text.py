@@ -11,7 +11,7 @@ from pretrain import config_of, random_model, save_tokenizer, train_tokenizer
 from data import LANGUAGES
 from support.corpora import NOISE
 from support.export import save_backbone
-from support.report import by_direction, write_scores
+from support.report import better_and_worse, by_direction, write_scores
 from support.runs import file_sha256, read_json, write_json, write_jsonl
 from support.scores import language_identifier, score
 
@@ -213,4 +213,4 @@ def test_better_and_worse_directions(sentences):
     bad = [{**row, "hyp": row["hyp"][: len(row["hyp"]) // 2]} for row in rows]
     ours = {("de", "en"): rows, ("de", "is"): bad, ("de", "cs"): bad}
     theirs = {("de", "en"): bad, ("de", "is"): bad, ("de", "cs"): rows}
-    assert real_text.better_and_worse(ours, theirs, 100) == {"bleu": [1, 1], "chrf": [1, 1]}
+    assert better_and_worse(ours, theirs, 100) == {"bleu": [1, 1], "chrf": [1, 1]}

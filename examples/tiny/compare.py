@@ -26,6 +26,7 @@ from world import PHRASE
 
 from support.report import (
     COLUMNS,
+    better_and_worse,
     mean_scores,
     page_around,
     read_curves,
@@ -40,7 +41,6 @@ from support.runs import (
     write_atomic,
     write_json,
 )
-from support.scores import paired_bootstrap
 
 SYSTEMS = {  # name -> flags of Stage 2
     "LoRA": ["--adapter-type", "lora"],
@@ -164,17 +164,6 @@ def seed_of(scores):
     return {"averages": averages, "targets": targets}
 
 
-def bootstrap(first, second, samples):
-    """[directions in which the evaluation `first` is better than `second`, and worse], p < 0.05."""
-    ours, theirs = read_hypotheses(first), read_hypotheses(second)
-    counts = [0, 0]
-    for pair in ours:
-        found = paired_bootstrap(ours[pair], theirs[pair], pair[1], samples)["bleu"]
-        if found["ours"] != found["theirs"] and found["p"] < 0.05:
-            counts[found["ours"] < found["theirs"]] += 1
-    return counts
-
-
 def parse_args():
     parser = ArgumentParser(__doc__)
     add = parser.add_argument
@@ -249,7 +238,8 @@ def main():
     for a, b, *_ in CLAIMS:
         if a in best and b in best:
             folders = [scores[first, system, best[system]] for system in (a, b)]
-            data["bootstrap"][f"{a} over {b}"] = bootstrap(*folders, 300)
+            ours, theirs = map(read_hypotheses, folders)
+            data["bootstrap"][f"{a} over {b}"] = better_and_worse(ours, theirs, 300)["bleu"]
     for file in (path, Path(args.data_out)):
         file.parent.mkdir(parents=True, exist_ok=True)
     write_json(args.data_out, data)
