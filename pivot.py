@@ -32,8 +32,7 @@ RULES = ("empty", "cut_off", "off_target", "length_ratio", "duplicate", "repetit
 
 
 def rejected(row: dict, lang: str, source: str, identify: Callable, max_ratio: float) -> str | None:
-    """The first rule of section A.2 that the translation `row` of `source` into `lang` breaks, or
-    None."""
+    """The first rule of section A.2 that `row`, a translation of `source`, breaks, or None."""
     if is_empty(row["hyp"]):
         return "empty"
     if row["finish"] == "length":
@@ -112,21 +111,25 @@ class PseudoCorpus:
                 rows.append({"src_lang": PIVOT, "tgt_lang": d[1], "src": row["hyp"], **source})
         return rows
 
+    def broken_rule(self, row: dict) -> str | None:
+        """The first rule that `row`, one of to_targets translated, breaks, or None."""
+        d, hyp = (row["x_lang"], row["tgt_lang"]), row["hyp"]
+        why = rejected(row, d[1], row["x"], self.identify, self.max_ratio)
+        if why is None and comparable(hyp) in self.kept[d]:
+            why = "duplicate"
+        if why is None and self.drop_repetitive and is_repetitive(hyp):
+            why = "repetitive"
+        return why
+
     def add(self, targets: list[dict]) -> None:
         """Filter what came of to_targets, and keep what is good and wanted."""
         for row in targets:
-            d, hyp = (row["x_lang"], row["tgt_lang"]), row["hyp"]
-            why = rejected(row, d[1], row["x"], self.identify, self.max_ratio)
-            said = comparable(hyp)
-            if why is None and said in self.kept[d]:
-                why = "duplicate"
-            if why is None and self.drop_repetitive and is_repetitive(hyp):
-                why = "repetitive"
+            d, why = (row["x_lang"], row["tgt_lang"]), self.broken_rule(row)
             if why:
                 self.counts[d][why] += 1
             elif len(self.kept[d]) < self.pairs:
-                pair = pair_row(*d, row["x"], hyp, "pseudo")
-                self.kept[d][said] = {**pair, "pivot": row["src"]}
+                pair = pair_row(*d, row["x"], row["hyp"], "pseudo")
+                self.kept[d][comparable(row["hyp"])] = {**pair, "pivot": row["src"]}
             else:
                 self.counts[d]["generated"] -= 1  # more than was wanted: neither kept nor dropped
 
@@ -190,8 +193,7 @@ def read_sources(args: Namespace) -> tuple[list[str], dict[str, list[str]]]:
     config = runs.read_json(Path(args.data) / "config.json")
     languages = parse_languages(config.get("languages", ""))
     if len(languages) < 3:
-        has = ", ".join(languages)
-        raise UserError(f"{args.data}: has {has}; a pivot needs two languages beside {PIVOT}")
+        raise UserError(f"{args.data}: has {', '.join(languages)}; a pivot needs 2 beside {PIVOT}")
     sources = {}
     for lang in languages:
         if lang != PIVOT:

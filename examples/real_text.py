@@ -10,7 +10,6 @@ part between its two markers is written from that file alone, what stands around
 import statistics
 import sys
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from data import LANGUAGES, PIVOT, group_of
-from pivot import RULES, rejected
+from pivot import RULES, PseudoCorpus, rejected
 from support import runs
 from support.corpora import NOISE, read_jsonl
 from support.report import (
@@ -131,19 +130,6 @@ def training_of(run: Path) -> dict:
     }
 
 
-def of_target(row: dict, own: set[str], config: dict, identify: Callable) -> str | None:
-    """The rule that a translation from English breaks, or that it is kept; None where its direction
-    has all its pairs. own: what the direction has kept so far."""
-    said = comparable(row["hyp"])
-    rule = rejected(row, row["tgt_lang"], row["x"], identify, config["max_ratio"])
-    if rule is None and said in own:
-        rule = "duplicate"
-    if rule is None and len(own) < config["pairs"]:
-        own.add(said)
-        rule = kept_rule(row["hyp"])
-    return rule
-
-
 def kept_rule(hyp: str) -> str:
     return CIRCLES if is_repetitive(hyp) else KEPT
 
@@ -153,26 +139,29 @@ def verdicts(pseudo: Path) -> dict[str, dict[str, list[dict]]]:
     UserError for a pivot that isn't finished."""
     config, report = runs.read_json(pseudo / "config.json"), runs.read_json(pseudo / "report.json")
     identify, found = language_identifier(LANGUAGES), {hop: {} for hop in HOPS}
-    own = {direction: set() for direction in report}
+    rules = [config[key] for key in ("max_ratio", "drop_repetitive")]
+    corpus = PseudoCorpus(dict.fromkeys(LANGUAGES, []), config["pairs"], identify, *rules)
 
-    def note(hop: str, rule: str, direction: str, source: str, hyp: str) -> None:
-        line = {"direction": direction, "source": source, "hyp": hyp}
+    def note(hop: str, rule: str, source: str, row: dict) -> None:
+        direction = f"{row.get('x_lang', row['src_lang'])}-{row['tgt_lang']}"
+        line = {"direction": direction, "source": source, "hyp": row["hyp"]}
         found[hop].setdefault(rule, []).append(line)
 
     for number in range(1, len(list((pseudo / "rounds").glob("*.english.jsonl"))) + 1):
         file = pseudo / "rounds" / f"{number}.english.jsonl"
         for row in read_jsonl(file, LANGUAGES, ("src",), ("hyp",)):
             rule = rejected(row, PIVOT, row["src"], identify, config["max_ratio"])
-            direction = f"{row['src_lang']}-{PIVOT}"
-            note("english", rule or kept_rule(row["hyp"]), direction, row["src"], row["hyp"])
+            note("english", rule or kept_rule(row["hyp"]), row["src"], row)
         file = pseudo / "rounds" / f"{number}.targets.jsonl"
         for row in read_jsonl(file, LANGUAGES, ("src", "x"), ("hyp",)):
-            direction = f"{row['x_lang']}-{row['tgt_lang']}"
-            rule = of_target(row, own[direction], config, identify)
+            rule, kept = corpus.broken_rule(row), corpus.kept[row["x_lang"], row["tgt_lang"]]
+            if rule is None and len(kept) < corpus.pairs:  # a pair too many is no rule's
+                rule = kept_rule(row["hyp"])
             if rule:
-                note("targets", rule, direction, row["x"], row["hyp"])
+                note("targets", rule, row["x"], row)
+            corpus.add([row])
     for direction, counts in report.items():
-        if len(own[direction]) != counts["kept"]:
+        if len(corpus.kept[tuple(direction.split("-"))]) != counts["kept"]:
             raise UserError(f"{pseudo}: its rounds are not those of its report.json")
     return found
 
@@ -187,7 +176,7 @@ def cell(text: str, most: int = 60) -> str:
 def examples_of(found: dict[str, list[dict]]) -> dict:
     """{rule: {"count", "shown"}}: up to SHOWN of each rule, evenly picked."""
     result = {}
-    for rule in (*RULES[:-1], KEPT, CIRCLES):
+    for rule in (*RULES, KEPT, CIRCLES):
         rows = found.get(rule, [])
         count = min(SHOWN, len(rows))
         shown = []

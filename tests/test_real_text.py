@@ -136,7 +136,7 @@ def finished(tmp_path):
     put(tmp_path / "stage2/config.json", {"epochs": 1, "batch_size": 8, "lr": 0.0005})
     put(tmp_path / "stage2/adapter/adapter.json", {"backbone": "a/model@0123456789"})
     pseudo, source = tmp_path / "pseudo", "Das kleine Haus steht am Fluss."
-    put(pseudo / "config.json", {"pairs": 2, "max_ratio": 2.5})
+    put(pseudo / "config.json", {"pairs": 2, "max_ratio": 2.5, "drop_repetitive": False})
     put(pseudo / "report.json", {"de-ru": {"kept": 2}})
     english, targets = [], []
     for hyp, _ in INTO_ENGLISH:
@@ -190,10 +190,19 @@ def test_what_is_no_finished_run_is_one_line(finished):
     put_system(finished, "lora", read_rows(finished / "data/test.jsonl"))
     put(pseudo / "report.json", {"de-ru": {"kept": 3}})
     refuses(*command, says="its rounds are not those of its report.json")
+    put(pseudo / "report.json", {"de-ru": {"kept": 2}})
     rows = read_rows(finished / "data/test.jsonl")
     put(finished / "data/test.jsonl", [{**rows[0], "tgt": "Other."}, *rows[1:]])
     refuses(*command, says=["its directions differ", "--flores-test"])
     assert not (finished / "page.md").exists() and not (finished / "data.json").exists()
+
+
+def test_rules_are_those_that_the_pivot_was_run_with(finished):
+    config = read_json(finished / "pseudo/config.json")
+    put(finished / "pseudo/config.json", {**config, "drop_repetitive": True})
+    found = real_text.verdicts(finished / "pseudo")["targets"]
+    counts = {rule: len(rows) for rule, rows in found.items()}
+    assert counts == {"kept": 2, "duplicate": 1, "off_target": 1, "repetitive": 1}
 
 
 def test_a_resample_takes_the_same_sentences_in_every_direction():
