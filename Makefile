@@ -2,12 +2,14 @@
 # where it stopped.
 #
 #   make tiny     the whole pipeline on a toy world of six languages, on a CPU, in minutes;
-#                 PLAIN=1: by the seven plain scripts alone, without fast/
+#                 PLAIN=1: by the seven plain scripts alone, without fast/; SEED=: of the backbone
+#   make seeds    that with five backbones, in half an hour -> docs/seeds.md
 #   make compare  every adapter that the paper compares on that world, three seeds, on a CPU, in
 #                 an hour on 2 cores -> docs/results.md
-#   make small    the whole method on a small real model and real text, on one GPU or overnight on a
-#                 CPU -> runs/small/.../real-text.md; MODEL=, CORPORA=, SOURCE= as below; PAIRS=,
-#                 FLORES=, PSEUDO=, TEST= per direction, TRIES= per pseudo pair, BATCH=
+#   make small    the whole method on a small real model and real text, on one GPU, or smaller on a
+#                 CPU (docs/real-text.md has hours) -> runs/small/.../real-text.md; MODEL=, CORPORA=,
+#                 SOURCE= as below; PAIRS=, FLORES=, PSEUDO=, TEST= per direction, TRIES= per pseudo
+#                 pair, BATCH=; MACHINE= says on the page what it ran on
 #   make test     the tests, without fast/ and with it
 #   make lint     formatter and linter
 #   make paper    the same chain with the paper's values, on two 80 GB GPUs; MODEL=..., CORPORA=...
@@ -25,11 +27,11 @@ ifneq ($(words $(MODEL)) $(words $(CORPORA)),1 1)
 $(error MODEL and CORPORA: a name without blanks each; a link gives a folder such a name)
 endif
 
-tiny compare test: export CUDA_VISIBLE_DEVICES =  # on a CPU, whatever the machine has
+tiny seeds compare test: export CUDA_VISIBLE_DEVICES =  # on a CPU, whatever the machine has
 # torch warns of find_unused_parameters where the first batch uses every expert; later ones don't.
-tiny compare small paper: export TORCH_CPP_LOG_LEVEL = ERROR
+tiny seeds compare small paper: export TORCH_CPP_LOG_LEVEL = ERROR
 
-.PHONY: tiny compare small test lint paper world
+.PHONY: tiny seeds compare small test lint paper world
 
 PYTHON_IS = import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else \
   "make: needs Python 3.11 to 3.13 (COMET up to 3.12), and python3 is %d.%d; PYTHON3=... names another" % v)
@@ -41,10 +43,15 @@ PYTHON3   = python3
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
+define NEWLINE
+
+
+endef
+
 # --- the toy world --------------------------------------------------------------------------------
 
-W = runs/tiny
-T = runs/tiny$(if $(PLAIN),-plain)
+W = runs/tiny$(SEED:%=-seed%)
+T = $(W)$(if $(PLAIN),-plain)
 ENGINE      = $(if $(PLAIN),--plain)
 TINY_TRAIN  = --model $(W)/backbone --data $(T)/data --lr 5e-3 --epochs 1 \
               --micro-batch-size 16 $(ENGINE)
@@ -54,7 +61,7 @@ SYSTEMS     = $(T)/scores/base $(T)/scores/stage1 $(T)/scores/stage2
 
 world: .venv/installed
 	$(PYTHON) examples/tiny/world.py --out $(W)/world --dev 50 --test 100
-	$(PYTHON) examples/tiny/pretrain.py --world $(W)/world --out $(W)/backbone
+	$(PYTHON) examples/tiny/pretrain.py --world $(W)/world --out $(W)/backbone $(SEED:%=--seed %)
 
 tiny: world
 	$(PYTHON) data.py --data $(W)/world --out $(T)/data --languages en,de,is,cs,ru,zh \
@@ -71,9 +78,17 @@ tiny: world
 	@echo "pseudo-corpus: $(T)/pseudo/report.md"
 	@echo "translations:  $(T)/scores/*/hypotheses.jsonl, scores per direction in table.md"
 
+SEEDS = 2 3 4 5
+
+# The first is make tiny's own. A line each: one after another, whatever -j says.
+seeds: tiny
+	$(foreach seed,$(SEEDS),$(MAKE) tiny SEED=$(seed)$(NEWLINE)	)
+	$(PYTHON) examples/tiny/seeds.py --runs $(W) $(SEEDS:%=runs/tiny-seed%) --page docs/seeds.md \
+	  --data-out docs/data/seeds.json
+
 compare: world
 	$(PYTHON) examples/tiny/compare.py --world $(W)/world --backbone $(W)/backbone \
-	  --out runs/compare --results docs/results.md
+	  --out runs/compare --results docs/results.md --data-out docs/data/compare.json
 
 # --- a small real model ---------------------------------------------------------------------------
 
@@ -90,10 +105,6 @@ S_TRAIN = --model $(MODEL) --data $(S)/data --epochs 1 --batch-size $(BATCH) --s
 S_TEST  = --test $(S)/data/test.jsonl
 S_SCORE = --all-directions $(S_TEST) --max-new-tokens 128
 TRAINED = stage1 stage2 lora molora-static
-define NEWLINE
-
-
-endef
 
 small: .venv/installed
 	$(PYTHON) data.py --source $(SOURCE) --data $(CORPORA) --out $(S)/data \

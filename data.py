@@ -323,10 +323,10 @@ def prepare(root: str | Path, languages: list[str], args: Namespace) -> tuple[di
         source = [pair for pair in rest if comparable(pair[1]) not in trained_on]
         source = source[: args.pivot_pairs]
         dev = corpora.full_pairs(opus[lang, "dev"])[: args.dev_pairs]
-        test = corpora.full_pairs(opus[lang, "test"])[: args.test_pairs]
+        test = [] if args.flores_test else corpora.full_pairs(opus[lang, "test"])[: args.test_pairs]
         files["stage1.train"] += both_ways(lang, sample)
         files["stage1.dev"] += both_ways(lang, dev)
-        files["test"] += [] if args.flores_test else both_ways(lang, test)
+        files["test"] += both_ways(lang, test)
         files["pivot.source"] += [pair_row(lang, PIVOT, x, en, "opus-100") for en, x in source]
         report[lang] = {**count, "stage1": len(sample), "pivot_source": len(source)}
         report[lang].update(dev=len(dev), test=len(test))

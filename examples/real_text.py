@@ -4,12 +4,12 @@
         --page runs/small/SmolLM2-135M-Instruct/real-text.md --data-out .../real-text.json
 
 Scores, their intervals and what each of the pivot's rules dropped go into --data-out; the page's
-part between its two markers is written from that file alone, what stands around it is kept.
+part between its two markers is written from that file alone (without --run: as it is), what stands
+around it is kept.
 """
 
 import statistics
 import sys
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ from data import LANGUAGES, PIVOT, group_of
 from pivot import RULES, PseudoCorpus, rejected
 from support import runs
 from support.corpora import NOISE, read_jsonl
+from support.likelihood import middle, per_character, sentence_draws
 from support.report import (
     COLUMNS,
     better_and_worse,
@@ -48,19 +49,19 @@ GROUPS = {"english": "English-centric", "non_english": "non-English-centric", "a
 HOPS = {"english": "into English", "targets": "from English"}
 KEPT, CIRCLES = "kept", "kept, though it goes round in circles"  # beside the rules' names
 SHOWN = 10  # examples per rule
+EXAMPLE = {  # the columns of an example, by hop
+    "english": ["direction", "source", "translation"],
+    "targets": ["direction", "source", "by way of", "translation"],
+}
 
 
 # --- scores and their intervals -------------------------------------------------------------------
 
 
-def middle(values: np.ndarray) -> list[float]:
-    """[low, high] of the middle 95 % of `values`."""
-    return [round(float(x), 4) for x in np.quantile(values, (0.025, 0.975))]
-
-
-def average_scores(rows: dict, draws: np.ndarray) -> dict[str, dict]:
-    """BLEU and chrF++ averaged over all directions: {key: {"mean", "interval"}}.
-    rows: {(src, tgt): hypotheses}; draws (samples, sentences) takes the same in each direction."""
+def average_scores(rows: dict, draws: np.ndarray) -> dict[str, tuple[float, np.ndarray]]:
+    """BLEU and chrF++ averaged over all directions, and the same of each resample:
+    {key: (score, (samples,))}. rows: {(src, tgt): hypotheses}; draws (samples, sentences) takes the
+    same sentences in each direction."""
     means, samples = {"bleu": [], "chrf": []}, {"bleu": [], "chrf": []}
     for (_, tgt_lang), of_direction in runs.progress(rows.items(), desc="resampling"):
         for key, (score, scores) in resampled(of_direction, tgt_lang, draws).items():
@@ -68,42 +69,44 @@ def average_scores(rows: dict, draws: np.ndarray) -> dict[str, dict]:
             samples[key].append(scores)
     found = {}
     for key in means:
-        interval = middle(np.mean(samples[key], axis=0))
-        found[key] = {"mean": round(statistics.mean(means[key]), 4), "interval": interval}
+        found[key] = statistics.mean(means[key]), np.mean(samples[key], axis=0)
     return found
 
 
-def per_character(nlls: list[float], pairs: list[dict], draws: np.ndarray) -> dict[str, dict]:
-    """NLL per character of the references, by group of directions: {group: {"mean", "interval"}}.
-    nlls are in the order of `pairs`, the test set's; differences of two systems' will do, too."""
-    seen, count = Counter(), draws.shape[1]
-    sums = {group: np.zeros((2, count)) for group in GROUPS}  # a sentence's NLL and characters
-    for nll, pair in zip(nlls, pairs, strict=True):
-        direction = pair["src_lang"], pair["tgt_lang"]
-        sentence = seen[direction]
-        seen[direction] += 1
-        for group in (group_of(*direction), "all"):
-            sums[group][:, sentence] += nll, len(pair["tgt"].strip())
-    found = {}
-    for group, (nll, characters) in sums.items():
-        values = nll[draws].sum(1) / characters[draws].sum(1)
-        mean = round(float(nll.sum() / characters.sum()), 4)
-        found[group] = {"mean": mean, "interval": middle(values)}
-    return found
+def with_interval(mean: float, samples: np.ndarray) -> dict:
+    return {"mean": round(mean, 4), "interval": middle(samples)}
+
+
+def group_nlls(nlls: list[float], pairs: list[dict], draws: np.ndarray) -> dict[str, dict]:
+    """NLL per character by group of directions: {group: {"mean", "interval"}}."""
+    found = per_character(nlls, pairs, draws)
+    return {group: found[group] for group in GROUPS}
 
 
 # --- what the run folder says ---------------------------------------------------------------------
 
 
-def read_test(path: Path) -> tuple[list[dict], int]:
-    """(test pairs, how many sentences each direction has). Raises UserError where the directions'
-    sentences are not the same ones."""
+def read_test(path: Path) -> list[dict]:
+    """Test pairs. Raises UserError where the directions' sentences are not the same ones."""
     pairs, texts = read_jsonl(path, LANGUAGES), {}
     for (_, tgt_lang), rows in by_direction(pairs).items():
         said = [row["tgt"] for row in rows]
         if texts.setdefault(tgt_lang, said) != said:
             raise UserError(f"{path}: its directions differ; `data.py --flores-test` makes one set")
-    return pairs, max(map(len, texts.values()))
+    if {group_of(*direction) for direction in by_direction(pairs)} != {"english", "non_english"}:
+        raise UserError(f"{path}: it needs directions with English and without")
+    return pairs
+
+
+def hypotheses_of(scores: Path, pairs: list[dict]) -> dict[tuple[str, str], list[dict]]:
+    """An evaluation's hypotheses by direction. Raises UserError where they are of other pairs."""
+    found = read_hypotheses(scores)
+    wanted = by_direction(pairs)
+    for direction in {**wanted, **found}:
+        theirs = [row["tgt"] for row in found.get(direction, [])]
+        if theirs != [row["tgt"] for row in wanted.get(direction, [])]:
+            raise UserError(f"{scores}: not of the run's test set; run evaluate.py again")
+    return found
 
 
 def read_nlls(scores: Path, test: Path) -> list[float]:
@@ -120,13 +123,14 @@ def training_of(run: Path) -> dict:
     steps, dev = read_curves(run)
     if not dev:
         raise UserError(f"{run}/metrics.jsonl: no dev loss in it; is the run finished?")
+    last = {group: part for group, part in dev[-1]["dev"].items() if group in GROUPS}
     return {
         "parameters": summary["trainable_parameters"],
         "pairs": summary["train_pairs"],
         "too_long": summary["train_dropped"],
         "steps": summary["steps"],
         "minutes": round(sum(step["seconds"] for step in steps) / 60, 1),
-        "dev_nll": round(dev[-1]["dev"]["nll"], 4),
+        "dev_nll": {group: round(part["nll"], 4) for group, part in last.items()},
     }
 
 
@@ -142,23 +146,25 @@ def verdicts(pseudo: Path) -> dict[str, dict[str, list[dict]]]:
     rules = [config[key] for key in ("max_ratio", "drop_repetitive")]
     corpus = PseudoCorpus(dict.fromkeys(LANGUAGES, []), config["pairs"], identify, *rules)
 
-    def note(hop: str, rule: str, source: str, row: dict) -> None:
-        direction = f"{row.get('x_lang', row['src_lang'])}-{row['tgt_lang']}"
-        line = {"direction": direction, "source": source, "hyp": row["hyp"]}
-        found[hop].setdefault(rule, []).append(line)
+    def note(hop: str, rule: str, row: dict) -> None:
+        line = {"direction": f"{row['src_lang']}-{row['tgt_lang']}", "source": row["src"]}
+        if hop == "targets":
+            direction = f"{row['x_lang']}-{row['tgt_lang']}"
+            line = {"direction": direction, "source": row["x"], "english": row["src"]}
+        found[hop].setdefault(rule, []).append({**line, "hyp": row["hyp"]})
 
     for number in range(1, len(list((pseudo / "rounds").glob("*.english.jsonl"))) + 1):
         file = pseudo / "rounds" / f"{number}.english.jsonl"
         for row in read_jsonl(file, LANGUAGES, ("src",), ("hyp",)):
             rule = rejected(row, PIVOT, row["src"], identify, config["max_ratio"])
-            note("english", rule or kept_rule(row["hyp"]), row["src"], row)
+            note("english", rule or kept_rule(row["hyp"]), row)
         file = pseudo / "rounds" / f"{number}.targets.jsonl"
         for row in read_jsonl(file, LANGUAGES, ("src", "x"), ("hyp",)):
             rule, kept = corpus.broken_rule(row), corpus.kept[row["x_lang"], row["tgt_lang"]]
             if rule is None and len(kept) < corpus.pairs:  # a pair too many is no rule's
                 rule = kept_rule(row["hyp"])
             if rule:
-                note("targets", rule, row["x"], row)
+                note("targets", rule, row)
             corpus.add([row])
     for direction, counts in report.items():
         if len(corpus.kept[tuple(direction.split("-"))]) != counts["kept"]:
@@ -166,10 +172,11 @@ def verdicts(pseudo: Path) -> dict[str, dict[str, list[dict]]]:
     return found
 
 
-def cell(text: str, most: int = 60) -> str:
-    """A text as it stands in a Markdown table."""
+def cell(text: str, most: int = 120) -> str:
+    """A text as it stands in a Markdown table, a long one with its length."""
     text = comparable(text)
-    text = text if len(text) <= most else text[:most].rstrip() + " ..."
+    if len(text) > most:
+        text = f"{text[:most].rstrip()} ... ({len(text)} characters)"
     return text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("`", "'")
 
 
@@ -198,30 +205,36 @@ def gather(run: Path, samples: int, machine: str) -> dict:
     scores, test = run / "scores", run / "data/test.jsonl"
     manifest = runs.read_json(run / "data/manifest.json")
     config = runs.read_json(run / OURS / "config.json")
-    pairs, count = read_test(test)
-    draws = np.random.default_rng(0).integers(0, count, (samples, count))
+    pairs = read_test(test)
+    draws = sentence_draws(pairs, samples)
     backbone = runs.read_json(run / OURS / "adapter/adapter.json")["backbone"]
     data = {"machine": machine, "model": model_name(backbone), "systems": {}, "against": {}}
     data["settings"] = {key: config[key] for key in ("epochs", "batch_size", "lr")}
     for key in ("train_pairs", "flores_pairs"):
         data["settings"][key] = manifest["settings"][key]
-    data["settings"].update(test_pairs=count, directions=len(by_direction(pairs)))
+    data["settings"].update(test_pairs=draws.shape[1], directions=len(by_direction(pairs)))
     data["settings"]["pseudo_pairs"] = runs.read_json(run / "pseudo/config.json")["pairs"]
     data["corpora"] = manifest["corpora"]
-    hyps = {name: read_hypotheses(scores / name) for name in SYSTEMS}
+    hyps = {name: hypotheses_of(scores / name, pairs) for name in SYSTEMS}
     nlls = {name: read_nlls(scores / name, test) for name in SYSTEMS}
+    averages = {name: average_scores(hyps[name], draws) for name in SYSTEMS}
     for name in SYSTEMS:
         means = read_scores(scores / name)["averages"]
-        system = {"averages": means, **average_scores(hyps[name], draws)}
-        system["nll"] = per_character(nlls[name], pairs, draws)
+        system = {"averages": means}
+        for key, found in averages[name].items():
+            system[key] = with_interval(*found)
+        system["nll"] = group_nlls(nlls[name], pairs, draws)
         if name in TRAINED:
             system["training"] = training_of(run / name)
         data["systems"][name] = system
     for name in SYSTEMS:
         if name != OURS:
             less = [ours - theirs for ours, theirs in zip(nlls[OURS], nlls[name])]
-            found = {"nll": per_character(less, pairs, draws)}
-            found.update(better_and_worse(hyps[OURS], hyps[name], samples))
+            found = {"nll": group_nlls(less, pairs, draws)}
+            found["directions"] = better_and_worse(hyps[OURS], hyps[name], samples)
+            for key, (theirs, their_samples) in averages[name].items():
+                score, own = averages[OURS][key]
+                found[key] = with_interval(score - theirs, own - their_samples)
             data["against"][name] = found
     data["rules"] = {hop: examples_of(found) for hop, found in verdicts(run / "pseudo").items()}
     return data
@@ -266,25 +279,31 @@ def groups_table(systems: dict) -> str:
 
 def differences_table(against: dict) -> str:
     header = [f"{SYSTEMS[OURS]} less", *(f"NLL, {group}" for group in GROUPS.values())]
-    header += ["BLEU: directions better / worse", "chrF++: better / worse"]
+    header += ["BLEU", "chrF++", "BLEU: directions better / worse", "chrF++: better / worse"]
     lines = []
     for name, found in against.items():
         cells = [SYSTEMS[name]]
         for group in GROUPS:
             cells.append(in_brackets(found["nll"][group], 3, "+"))
         for key in ("bleu", "chrf"):
-            cells.append("{} / {}".format(*found[key]))
+            cells.append(in_brackets(found[key], 2, "+"))
+        for key in ("bleu", "chrf"):
+            cells.append("{} / {}".format(*found["directions"][key]))
         lines.append(cells)
     return markdown(header, lines)
 
 
 def training_table(systems: dict) -> str:
-    header = ["run", "trained parameters", "pairs", "too long", "steps", "minutes", "dev NLL"]
+    header = ["run", "trained parameters", "pairs", "too long", "steps", "minutes"]
+    header += ["dev NLL with English", "dev NLL, pseudo pairs"]
     lines = []
     for name in TRAINED:
         run = systems[name]["training"]
         cells = [f"{run['parameters']:,}", f"{run['pairs']:,}", str(run["too_long"])]
-        cells += [str(run["steps"]), f"{run['minutes']:.1f}", f"{run['dev_nll']:.3f}"]
+        cells += [str(run["steps"]), f"{run['minutes']:.1f}"]
+        for group in ("english", "non_english"):
+            nll = run["dev_nll"].get(group)  # Stage 1's dev set has no pseudo pairs
+            cells.append("" if nll is None else f"{nll:.3f}")
         lines.append([SYSTEMS[name], *cells])
     return markdown(header, lines)
 
@@ -317,7 +336,7 @@ def examples_tables(rules: dict) -> str:
             if found["shown"]:
                 rows = [list(row.values()) for row in found["shown"]]
                 text += f"\n{name}, `{rule}`:\n\n"
-                text += markdown(["direction", "source", "translation"], rows)
+                text += markdown(EXAMPLE[hop], rows)
     return text
 
 
@@ -331,14 +350,18 @@ def page_of(data: dict) -> str:
         f"direction wanted; {s['epochs']} epoch(s) in batches of {s['batch_size']}, learning rate "
         f"{s['lr']:g}, one seed. Tested on {s['test_pairs']} FLORES-200 sentences in each of "
         f"{s['directions']} directions. Brackets: 95 % intervals by resampling these sentences, "
-        "the same ones in every direction; another seed of training would differ by more.",
+        "the same ones in every direction (of a dozen clusters such an interval is rather narrow); "
+        "what another seed of training would change is not in them. The NLL is in nats; languages "
+        "differ in it by script, so compare down a column.",
         systems_table(data["systems"]),
         groups_table(data["systems"]),
         f"{SYSTEMS[OURS]} against the others: the difference of the NLL per character (below zero: "
-        "the references are likelier), and in how many directions it is better or worse by paired "
-        "bootstrap (p < 0.05, of which one or two in thirty come by chance).",
+        "the references are likelier) and of the average scores, with the interval of the "
+        "difference, and in how many directions it is better or worse by paired "
+        "bootstrap (p < 0.05; one or two in thirty would come by chance if directions were "
+        "independent, but all have the same sentences, and few).",
         differences_table(data["against"]),
-        "What was trained; minutes are those of its steps. Stage 1's dev set has no pseudo pairs.",
+        "What was trained; minutes are those of its steps. Compare the dev NLL down a column.",
         training_table(data["systems"]),
         "What `data.py` read of the corpora with English, and counted by rule:",
         corpora_table(data["corpora"]),
@@ -352,7 +375,7 @@ def page_of(data: dict) -> str:
 def main() -> None:
     parser = runs.ArgumentParser(__doc__)
     add = parser.add_argument
-    add("--run", required=True, type=Path, help="folder that `make small` filled")
+    add("--run", type=Path, help="folder that `make small` filled; without: --data-out is read")
     add("--page", required=True, help="Markdown file to write the tables into")
     add("--data-out", required=True, help="JSON file, what --page is made from")
     add("--machine", default="a machine of unknown kind", help="what it ran on, for the page")
@@ -360,11 +383,12 @@ def main() -> None:
     args = parser.parse_args()
     runs.at_least(40, args, "samples")
     before, behind = page_around(args.page, MAKER, TITLE)
-    data = gather(args.run, args.samples, args.machine)
-    for file in (args.page, args.data_out):
-        Path(file).parent.mkdir(parents=True, exist_ok=True)
-    runs.write_json(args.data_out, data)
-    runs.write_atomic(args.page, before + page_of(data) + behind)
+    if args.run is not None:
+        data = gather(args.run, args.samples, args.machine)
+        Path(args.data_out).parent.mkdir(parents=True, exist_ok=True)
+        runs.write_json(args.data_out, data)
+    Path(args.page).parent.mkdir(parents=True, exist_ok=True)
+    runs.write_atomic(args.page, before + page_of(runs.read_json(args.data_out)) + behind)
     print(args.page)
 
 

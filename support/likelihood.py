@@ -4,15 +4,17 @@ apart where BLEU is near 0.
     python support/likelihood.py --adapter runs/stage2/adapter --out runs/scores/stage2
     python support/likelihood.py --model Qwen/Qwen2.5-0.5B-Instruct --out runs/scores/base
 
-Writes likelihood.json beside an evaluation's scores, and prints a table. Per character, not per
+Writes likelihood.json beside an evaluation's scores, and prints a table; what is written already
+is printed. Per character, not per
 token, so that backbones of other tokenizers can be compared; nats, the end of turn included.
 """
 
-import random
 import sys
 from argparse import Namespace
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -21,7 +23,7 @@ from data import IGNORE, LANGUAGES, collate, encode, group_of
 from generate import Engine, check_languages, load_engine
 from support import runs
 from support.corpora import read_jsonl
-from support.report import markdown
+from support.report import by_direction, markdown
 from support.runs import UserError
 
 
@@ -55,31 +57,45 @@ def sentence_nlls(engine: Engine, pairs: list[dict], batch_size: int) -> list[fl
     return found
 
 
-def per_character(nlls: list[float], pairs: list[dict], samples: int = 1000) -> dict:
-    """NLL per character of the references with its 95 % interval, by resampling pairs (one sentence
-    in several directions counts as several)."""
-    lengths = [len(pair["tgt"].strip()) for pair in pairs]
-    rng, means = random.Random(0), []
-    for _ in range(samples):
-        chosen = rng.choices(range(len(nlls)), k=len(nlls))
-        means.append(sum(nlls[i] for i in chosen) / sum(lengths[i] for i in chosen))
-    means.sort()
-    low, high = means[round(0.025 * samples)], means[round(0.975 * samples) - 1]
-    mean = sum(nlls) / sum(lengths)
-    return {"nll": mean, "low": low, "high": high, "sentences": len(nlls)}
+def middle(values: np.ndarray) -> list[float]:
+    """[low, high] of the middle 95 % of `values`."""
+    return [round(float(x), 4) for x in np.quantile(values, (0.025, 0.975))]
 
 
-def by_group(nlls: list[float], pairs: list[dict]) -> dict[str, dict]:
-    """per_character of each direction, of English-centric and other directions, and of all."""
-    members = {}
-    for i, pair in enumerate(pairs):
+def sentence_draws(pairs: list[dict], samples: int) -> np.ndarray:
+    """(samples, sentences): which sentences each resample takes, the same in every direction."""
+    count = max(map(len, by_direction(pairs).values()))
+    return np.random.default_rng(0).integers(0, count, (samples, count))
+
+
+def per_character(nlls: list[float], pairs: list[dict], draws: np.ndarray) -> dict[str, dict]:
+    """NLL per character of the references in each direction, in those with English ("english"), the
+    others ("non_english") and all: {group: {"mean", "interval"}}. The 95 % interval is that of
+    resampling sentences: a direction's n-th pair is drawn wherever another's n-th is, for it may be
+    the same sentence. nlls are in the order of `pairs`; differences of two systems' will do."""
+    seen, sums = Counter(), {}
+    for nll, pair in zip(nlls, pairs, strict=True):
         direction = pair["src_lang"], pair["tgt_lang"]
-        for name in ("-".join(direction), group_of(*direction), "all"):
-            members.setdefault(name, []).append(i)
+        sentence = seen[direction]
+        seen[direction] += 1
+        for group in ("-".join(direction), group_of(*direction), "all"):
+            of_group = sums.setdefault(group, np.zeros((2, draws.shape[1])))
+            of_group[:, sentence] += nll, len(pair["tgt"].strip())
     found = {}
-    for name, own in members.items():
-        found[name] = per_character([nlls[i] for i in own], [pairs[i] for i in own])
+    for group, (nll, characters) in sums.items():
+        values = nll[draws].sum(1) / np.maximum(1, characters[draws].sum(1))  # (samples,)
+        mean = round(float(nll.sum() / characters.sum()), 4)
+        found[group] = {"mean": mean, "interval": middle(values)}
     return found
+
+
+def rescored(file: Path, identity: dict, test_sha256: str) -> dict | None:
+    """What `file` says of this system and test set; None where it is of others, or not there."""
+    if not file.exists():
+        return None
+    found = runs.read_json(file)
+    same = found.get("identity") == identity and found.get("test_sha256") == test_sha256
+    return found if same else None
 
 
 def parse_args() -> Namespace:
@@ -103,18 +119,23 @@ def main() -> None:
     if not (Path(args.out) / "scores.json").exists():
         raise UserError(f"--out {args.out}: no evaluation's folder; evaluate.py comes first")
     pairs = read_jsonl(args.test, LANGUAGES)
+    if not pairs:
+        raise UserError(f"{args.test}: no sentence pairs in it")
     engine = load_engine(args.model, args.adapter, device=args.device, dtype=args.dtype)
     languages = {pair["src_lang"] for pair in pairs} | {pair["tgt_lang"] for pair in pairs}
     check_languages(engine, languages, args.adapter or args.model)
-    nlls = sentence_nlls(engine, pairs, args.batch_size)
-    found = by_group(nlls, pairs)
-    result = {"identity": engine.identity, "test_sha256": runs.file_sha256(args.test)}
-    result.update(nll_per_character=found, nlls=[round(nll, 4) for nll in nlls])
-    runs.write_json(Path(args.out) / "likelihood.json", result)
+    file, test = Path(args.out) / "likelihood.json", runs.file_sha256(args.test)
+    result = rescored(file, engine.identity, test)
+    if result is None:
+        nlls = sentence_nlls(engine, pairs, args.batch_size)
+        result = {"identity": engine.identity, "test_sha256": test}
+        result["nll_per_character"] = per_character(nlls, pairs, sentence_draws(pairs, 1000))
+        result["nlls"] = [round(nll, 4) for nll in nlls]
+        runs.write_json(file, result)
     lines = []
-    for name, of_group in found.items():
-        interval = f"{of_group['low']:.3f} to {of_group['high']:.3f}"
-        lines.append([name, f"{of_group['nll']:.3f}", interval])
+    for name, of_group in result["nll_per_character"].items():
+        interval = "{:.3f} to {:.3f}".format(*of_group["interval"])
+        lines.append([name, f"{of_group['mean']:.3f}", interval])
     print(markdown(["direction", "NLL per character", "95 %"], lines), end="")
 
 

@@ -16,6 +16,7 @@ import importlib
 import io
 import json
 import os
+import resource
 import signal
 import sys
 import time
@@ -71,7 +72,9 @@ def run_main(main: Callable[[], None]) -> None:
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):  # whatever the locale: translations are UTF-8
                 stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+        begun = time.monotonic()
         main()
+        print_cost(time.monotonic() - begun)
         sys.stdout.flush()  # else a full disk or a closed pipe would show only as Python ends
     except UserError as error:
         stop(str(error))
@@ -87,6 +90,17 @@ def run_main(main: Callable[[], None]) -> None:
         if line is None:
             raise
         stop(line)
+
+
+def print_cost(seconds: float) -> None:
+    """What a long command took, on stderr; by the first process alone."""
+    if seconds < 60 or os.environ.get("RANK", "0") != "0":
+        return
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, on macOS bytes
+    line = f"{peak / 2 ** (30 if sys.platform == 'darwin' else 20):.1f} GiB of memory at most"
+    if torch.cuda.is_initialized():
+        line += f", {torch.cuda.max_memory_reserved() / 2**30:.1f} GiB of the GPU's"
+    print(f"took {datetime.timedelta(seconds=round(seconds))}, {line}", file=sys.stderr)
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -5,6 +5,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -12,6 +13,7 @@ import stat
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -29,6 +31,7 @@ from support.runs import (
     UserError,
     file_errors,
     launch,
+    print_cost,
     read_json,
     replacing,
     write_json,
@@ -408,9 +411,25 @@ def test_what_is_not_whole_says_why(capsys):
     assert "1 of 3 sources alone fill the model's positions" in lines[1]
 
 
+def test_a_long_command_says_what_it_took(capsys, monkeypatch):
+    print_cost(59.0)
+    monkeypatch.setenv("RANK", "1")
+    print_cost(75.4)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv("RANK", "0")
+    print_cost(75.4)
+    said = capsys.readouterr().err
+    line = re.fullmatch(r"took 0:01:15, ([\d.]+) GiB of memory at most.*\n", said)
+    here = int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+    assert float(line[1]) == pytest.approx(here / 2**20, abs=0.11)
+
+
 def test_bad_flags_are_one_line(tmp_path):
     refuses(ROOT / "train.py", "--stage", 3, says="invalid choice")
     refuses(ROOT / "train.py", "--stage", 1, "--no-such", says="--no-such; --help lists the flags")
+    pretrain = ROOT / "examples/tiny/pretrain.py", "--world", "w", "--out", "o"
+    for flag, value in (("--lines", 0), ("--steps", 0), ("--phrase-steps", -1), ("--asked", 1)):
+        refuses(*pretrain, flag, value, says=[f"{flag} {value}", ": must"])
 
 
 def test_another_backbone_is_blamed_on_the_backbone(lm, tokenizer, adapter_folder, tmp_path):

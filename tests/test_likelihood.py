@@ -8,7 +8,7 @@ from conftest import ROOT, inside, refuses
 from transformers import AutoModelForCausalLM
 
 from generate import load_engine
-from support.likelihood import by_group, per_character, sentence_nlls
+from support.likelihood import per_character, sentence_draws, sentence_nlls
 from support.runs import read_json, write_jsonl
 
 pytestmark = pytest.mark.once
@@ -37,22 +37,19 @@ def test_the_adapter_counts(adapter_folder, checkpoint, sentences):
     assert all(abs(a - b) > 1e-3 for a, b in zip(with_adapter, without))
 
 
-def test_per_character_and_its_interval():
-    """The mean is over characters, not over sentences, and the interval is that of resampling."""
-    pairs = [{"tgt": "a" * n} for n in (1, 9, 20, 30)]
-    found = per_character([10.0, 9.0, 40.0, 15.0], pairs)
-    assert found["nll"] == 74 / 60 and found["low"] < found["nll"] < found["high"]
-    same = per_character([2.0 * len(p["tgt"]) for p in pairs], pairs)
-    assert same["low"] == same["nll"] == same["high"] == 2.0
-    rows = [{"src_lang": "de", "tgt_lang": t, "tgt": "ab"} for t in ("en", "is", "is")]
-    groups = by_group([2.0, 4.0, 8.0], rows)
-    assert {name: g["nll"] for name, g in groups.items()} == {
-        "de-en": 1.0,
-        "english": 1.0,
-        "all": 14 / 6,
-        "de-is": 3.0,
-        "non_english": 3.0,
-    }
+def test_per_character_is_over_characters_and_resamples_sentences():
+    """The mean is over characters, not over sentences; a resample takes the same sentences in every
+    direction, so that gains in one that are losses in the other cancel in each."""
+    pairs = []
+    for tgt_lang, lengths in (("en", (1, 2, 5)), ("zh", (2, 2, 2))):
+        pairs += [{"src_lang": "de", "tgt_lang": tgt_lang, "tgt": "a" * n} for n in lengths]
+    draws = sentence_draws(pairs, 100)
+    assert draws.shape == (100, 3)
+    found = per_character([1.0, 2.0, 9.0, -1.0, -2.0, -9.0], pairs, draws)
+    assert set(found) == {"de-en", "de-zh", "english", "non_english", "all"}
+    assert found["all"] == {"mean": 0.0, "interval": [0.0, 0.0]}
+    assert found["english"] == {"mean": 12 / 8, "interval": [1.0, 9 / 5]}
+    assert found["de-en"] == found["english"] and found["non_english"]["mean"] == -2.0
 
 
 def test_command(adapter_folder, sentences, tmp_path):
@@ -64,5 +61,12 @@ def test_command(adapter_folder, sentences, tmp_path):
     (tmp_path / "out/scores.json").write_text("{}")
     shown = inside(*script, "--adapter", adapter_folder, "--out", tmp_path / "out")
     found = read_json(tmp_path / "out/likelihood.json")["nll_per_character"]
-    assert f"| all | {found['all']['nll']:.3f} |" in shown and math.isfinite(found["all"]["nll"])
+    assert f"| all | {found['all']['mean']:.3f} |" in shown and math.isfinite(found["all"]["mean"])
+    made = (tmp_path / "out/likelihood.json").stat().st_mtime_ns
+    assert inside(*script, *where) == shown  # what is written already is printed
+    assert (tmp_path / "out/likelihood.json").stat().st_mtime_ns == made
+    write_jsonl(tmp_path / "test.jsonl", sentences[6:9])
+    assert inside(*script, *where) != shown
+    write_jsonl(tmp_path / "test.jsonl", [])
+    refuses(*script, *where, says="test.jsonl: no sentence pairs in it")
     refuses(*script, "--out", tmp_path / "out", says="--adapter or --model is needed")

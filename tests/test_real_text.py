@@ -1,7 +1,7 @@
 """The commands on real human translations in the published layouts: quality is not the point, that
 nothing breaks is. And the page that reports a run on them."""
 
-import numpy as np
+import human_text
 import pytest
 import real_text
 import torch
@@ -108,7 +108,10 @@ def put_system(root, name, pairs):
     good, scores = name == real_text.OURS, root / "scores" / name
     summary = {"trainable_parameters": 1234, "train_pairs": 70, "train_dropped": 3, "steps": 9}
     put(root / name / "summary.json", summary)
-    steps = [{"step": 9, "lr": 0.1, "seconds": 90.0}, {"step": 9, "dev": {"nll": 0.5}}]
+    steps = [
+        {"step": 9, "lr": 0.1, "seconds": 90.0},
+        {"step": 9, "dev": {"nll": 0.4, "english": {"nll": 0.5}}},
+    ]
     put(root / name / "metrics.jsonl", steps)
     rows = [{**pair, "hyp": pair["tgt"] if good else pair["tgt"][:-3]} for pair in pairs]
     put(scores / "hypotheses.jsonl", rows)
@@ -165,18 +168,22 @@ def test_the_page_of_a_finished_run(finished):
     assert text.startswith("# T\n") and text.endswith("--> and more")
     assert "`a/model@0123456` on an abacus: 7 pairs per direction with English and all of" in text
     assert "| CrossLoRA, Stage 2 | 100.00 (100.00 to 100.00) | 100.00 (" in text
-    assert "| LoRA in Stage 2's place | 1,234 | 70 | 3 | 9 | 1.5 | 0.500 |" in text
+    assert "| LoRA in Stage 2's place | 1,234 | 70 | 3 | 9 | 1.5 | 0.500 |  |" in text
     assert "| de | 90 | 1 | 2 | 3 | 3 | 3 |" in text
     for found in data["against"].values():
         assert found["nll"]["all"] == {"mean": -0.5, "interval": [-0.5, -0.5]}
+        assert 0 < found["chrf"]["interval"][0] < found["chrf"]["mean"] < 100
     chrf = data["systems"]["lora"]["chrf"]
     assert 0 < chrf["interval"][0] < chrf["mean"] < chrf["interval"][1] < 100
     for hop, expected in (("english", INTO_ENGLISH), ("targets", FROM_ENGLISH)):
         found = {rule: r["count"] for rule, r in data["rules"][hop].items() if r["count"]}
         assert found == {rule: 1 for _, rule in expected if rule}
-    assert (
-        "| de-ru | Das kleine Haus steht am Fluss. | The small house stands by the river. |" in text
-    )
+    here, there = "Das kleine Haus steht am Fluss.", "The small house stands by the river."
+    assert f"| de-en | {here} | {there} |" in text and f"| de-ru | {here} | x | {there} |" in text
+    # From the data alone, as an auditor has it.
+    page.write_text(f"# T\n\n{begin}{end} and more")
+    inside(page_command(finished)[0], "--page", page, "--data-out", finished / "data.json")
+    assert page.read_text() == text
 
 
 def test_what_is_no_finished_run_is_one_line(finished):
@@ -194,6 +201,12 @@ def test_what_is_no_finished_run_is_one_line(finished):
     rows = read_rows(finished / "data/test.jsonl")
     put(finished / "data/test.jsonl", [{**rows[0], "tgt": "Other."}, *rows[1:]])
     refuses(*command, says=["its directions differ", "--flores-test"])
+    put(finished / "data/test.jsonl", [])
+    refuses(*command, says="it needs directions with English and without")
+    put(finished / "data/test.jsonl", rows)
+    hyps = read_rows(finished / "scores/lora/hypotheses.jsonl")
+    put(finished / "scores/lora/hypotheses.jsonl", hyps[:-1])
+    refuses(*command, says="scores/lora: not of the run's test set; run evaluate.py again")
     assert not (finished / "page.md").exists() and not (finished / "data.json").exists()
 
 
@@ -205,21 +218,33 @@ def test_rules_are_those_that_the_pivot_was_run_with(finished):
     assert counts == {"kept": 2, "duplicate": 1, "off_target": 1, "repetitive": 1}
 
 
-def test_a_resample_takes_the_same_sentences_in_every_direction():
-    """Gains in one direction that are losses in the other cancel in each resample."""
-    pairs = []
-    for tgt_lang, lengths in (("en", (1, 2, 5)), ("zh", (2, 2, 2))):
-        pairs += [{"src_lang": "de", "tgt_lang": tgt_lang, "tgt": "a" * n} for n in lengths]
-    draws = np.random.default_rng(0).integers(0, 3, (100, 3))
-    found = real_text.per_character([1.0, 2.0, 9.0, -1.0, -2.0, -9.0], pairs, draws)
-    assert found["all"] == {"mean": 0.0, "interval": [0.0, 0.0]}
-    assert found["english"] == {"mean": 12 / 8, "interval": [1.0, 9 / 5]}
-    assert found["non_english"]["mean"] == -2.0
-
-
 def test_better_and_worse_directions(sentences):
     rows = [{"tgt": s["src"], "hyp": s["src"]} for s in sentences[:12]]
     bad = [{**row, "hyp": row["hyp"][: len(row["hyp"]) // 2]} for row in rows]
     ours = {("de", "en"): rows, ("de", "is"): bad, ("de", "cs"): bad}
     theirs = {("de", "en"): bad, ("de", "is"): bad, ("de", "cs"): rows}
     assert better_and_worse(ours, theirs, 100) == {"bleu": [1, 1], "chrf": [1, 1]}
+
+
+def test_human_sentences_are_counted_as_they_are(tmp_path):
+    """Of each language's sentence the rule for it and those for the five others."""
+
+    def scores(text):
+        return {**dict.fromkeys(LANGUAGES, -9.0), "de": -1.0, "en": -2.0}
+
+    found = human_text.of_language({"de": ["a", "b"], "en": ["c"]}, scores)
+    # As German: two right, one wrong by 1. As one of the others: English passes only by the margin.
+    assert found["sentences"] == 3
+    assert found["margin 0"] == [33.33, round(100 * 14 / 15, 2)]
+    assert found["margin 2"] == [0.0, 80.0]
+    assert human_text.of_pairs([("ab", "abcd"), ("ab", "abcde")])["above"]["2.0"] == 50.0
+    kinds = {kind for kind, belongs in human_text.KINDS.items() if belongs("Пётр в IBM", "ru")}
+    assert kinds == {"all", "Russian, Chinese with Latin letters"}
+    world, page, data = tmp_path / "world", tmp_path / "page.md", tmp_path / "data.json"
+    small = "--train", 40, "--dev", 1, "--test", 1
+    inside(ROOT / "examples/tiny/world.py", "--out", world, *small)
+    where = "--page", page, "--data-out", data
+    inside(ROOT / "examples/human_text.py", "--data", world, "--most", 5, *where)
+    found = read_json(data)
+    assert sum(of_length["pairs"] for of_length in found["ratios"].values()) == 5 * 40
+    assert human_text.page_of(found) in page.read_text(encoding="utf-8")

@@ -2,7 +2,7 @@
 (Tables 1, 2, 3 and 6 in small).
 
     python examples/tiny/compare.py --world runs/tiny/world --backbone runs/tiny/backbone \\
-        --out runs/compare --results docs/results.md
+        --out runs/compare --results docs/results.md --data-out docs/data/compare.json
 
 A seed trains CrossLoRA's Stage 1 and writes one pseudo-corpus with it; every system then trains
 Stage 2 on the same pairs for the same steps. Each run is the project's own commands; the same
@@ -11,6 +11,7 @@ anew, what stands around it is kept.
 """
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-from page import CLAIMS, MAKER, TITLE, page_of
+from page import MAKER, TITLE, claims, page_of
 from world import PHRASE
 
 from support.report import (
@@ -70,7 +71,7 @@ class Comparison:
         # Children run in ROOT.
         self.out, self.world = Path(args.out).resolve(), Path(args.world).resolve()
         self.backbone, self.data = Path(args.backbone).resolve(), self.out / "data"
-        self.args = args
+        self.args, self.probe = args, self.out / "probe"
         (self.out / "logs").mkdir(parents=True, exist_ok=True)
 
     def run(self, log, script, *flags):
@@ -88,6 +89,8 @@ class Comparison:
         where = "--data", self.world, "--out", self.data, "--languages", ",".join(PHRASE)
         sizes = "--train-pairs", self.args.pairs, "--test-pairs", self.args.test_pairs
         self.run("data", "data.py", *where, *sizes, "--dev-pairs", 5)
+        sizes = "--train", 1, "--dev", 1, "--test", 600  # 20 sentences for each direction alone
+        self.run("probe", "examples/tiny/world.py", "--out", self.probe, "--seed", 1, *sizes)
 
     def train(self, log, stage, seed, out, lr, *flags):
         where = "--model", self.backbone, "--data", self.data, "--out", out
@@ -127,7 +130,7 @@ class Comparison:
             if not (run / "not_finite.jsonl").exists():
                 raise
             print(f"{error}: it diverged", file=sys.stderr)
-            return float("inf")
+            return math.inf
         _, dev = read_curves(run)
         return dev[-1]["dev"]["nll"]
 
@@ -141,7 +144,7 @@ class Comparison:
     def interference(self, job):
         """What interference.py says of the run of a (seed, system, lr)."""
         log, run = self.of(job)
-        where = "--adapter", run / "adapter", "--test", self.data / "test.jsonl"
+        where = "--adapter", run / "adapter", "--world", self.probe
         self.run(f"{log}-interference", "examples/tiny/interference.py", *where)
         log = self.out / "logs" / f"{log}-interference.log"
         return json.loads(log.read_text().splitlines()[-1])
@@ -179,7 +182,7 @@ def parse_args():
     add("--lr", default="5e-3", help="peak learning rate of Stage 1")
     grid = "learning rates of Stage 2: each system takes its best by dev NLL at the first seed"
     add("--grid", default="1.25e-3,2.5e-3,5e-3,1e-2", help=grid)
-    add("--data-out", default="docs/data/compare.json", help="what --results is made from")
+    add("--data-out", required=True, help="JSON file, what --results is made from")
     args = parser.parse_args()
     args.systems, seeds = args.systems.split(","), args.seeds.split(",")
     if args.jobs < 1 or not all(seed.isdecimal() for seed in seeds):
@@ -216,26 +219,29 @@ def main():
         jobs = [(seed, system, best[system]) for seed in args.seeds for system in args.systems]
         all_of(pool, comparison.stage_2, jobs, "stage 2")
         scores = dict(zip(jobs, all_of(pool, comparison.score, jobs, "scores")))
-        own = [(first, system, best[system]) for system in args.systems]
-        pulls = dict(zip(own, all_of(pool, comparison.interference, own, "interference")))
+        pulls = dict(zip(jobs, all_of(pool, comparison.interference, jobs, "interference")))
     out = comparison.out
     stage_1 = [seed_of(out / f"seed{seed}/scores/stage1") for seed in args.seeds]
     systems = {"backbone alone": {"seeds": [seed_of(out / "base")]}}
     systems["CrossLoRA, Stage 1"] = {"seeds": stage_1, "lr": args.lr}
     for system in args.systems:
-        lr = best[system]
+        lr, nlls = best[system], {}
+        for tried in args.grid:
+            nll = dev[first, system, tried]
+            nlls[tried] = nll if math.isfinite(nll) else None  # it diverged
         summary = read_json(comparison.of((first, system, lr))[1] / "summary.json")
         systems[system] = {
             "lr": lr,
-            "dev_nll": {lr: dev[first, system, lr] for lr in args.grid},
+            "dev_nll": nlls,
             "parameters": summary["trainable_parameters"],
             "steps": summary["steps"],
             "seeds": [seed_of(scores[seed, system, lr]) for seed in args.seeds],
-            "interference": pulls[first, system, lr],
+            "interference": [pulls[seed, system, lr] for seed in args.seeds],
         }
     data = {"seeds": args.seeds, "pairs": args.pairs, "test_pairs": args.test_pairs}
-    data.update(grid=args.grid, systems=systems, bootstrap={})
-    for a, b, *_ in CLAIMS:
+    stage_1_steps = read_json(out / f"seed{first}/stage1/summary.json")["steps"]
+    data.update(grid=args.grid, stage_1_steps=stage_1_steps, systems=systems, bootstrap={})
+    for a, b, *_ in claims():
         if a in best and b in best:
             folders = [scores[first, system, best[system]] for system in (a, b)]
             ours, theirs = map(read_hypotheses, folders)

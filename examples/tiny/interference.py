@@ -1,10 +1,12 @@
 """Whether the directions that share an expert pull it the same way.
 
-    python examples/tiny/interference.py --adapter runs/.../adapter --test data/test.jsonl
+    python examples/tiny/interference.py --adapter runs/.../adapter --world runs/tiny/world
 
-The gradient of the NLL (eq. 6, no dropout, no R-Drop) is taken for each direction alone. For every
-expert's matrix that several directions use, the cosine between their gradients says whether a step
-for one helps the others (1), leaves them alone (0) or undoes them (-1). Prints a line of JSON.
+The gradient of the NLL (eq. 6, no dropout, no R-Drop) is taken for each direction alone, on
+sentences of FLORES-200's devtest that no other direction has: one sentence in two directions would
+pull alike by itself. For every expert's matrix that several directions use, the cosine between
+their gradients says whether a step for one helps the others (1), leaves them alone (0) or undoes
+them (-1). Prints a line of JSON.
 """
 
 import itertools
@@ -15,12 +17,23 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from data import LANGUAGES, encode
+from data import LANGUAGES, all_directions, encode, flores_rows, read_flores
 from generate import load_engine
-from support.corpora import read_jsonl
-from support.report import by_direction
-from support.runs import ArgumentParser, progress, run_main
+from support.runs import ArgumentParser, UserError, progress, run_main
 from train import forward_sums
+
+
+def rows_of_directions(world):
+    """The sentence pairs of each direction; no sentence is in two directions."""
+    languages = list(LANGUAGES)
+    sentences, directions = read_flores(world, languages, "devtest"), all_directions(languages)
+    if len(sentences) < len(directions):
+        few = f"{len(sentences)} devtest sentences for {len(directions)} directions"
+        raise UserError(f"{world}: {few}; each needs its own")
+    rows = []
+    for i, direction in enumerate(directions):
+        rows.append(flores_rows(sentences[i :: len(directions)], languages, *direction))
+    return rows
 
 
 def gradients(engine, rows):
@@ -55,15 +68,13 @@ def measure(by_name):
 def main():
     parser = ArgumentParser(__doc__)
     parser.add_argument("--adapter", required=True, help="adapter folder that train.py wrote")
-    parser.add_argument("--test", required=True, help="sentence pairs of all directions")
-    parser.add_argument("--rows", type=int, default=16, help="pairs per direction")
+    parser.add_argument("--world", required=True, help="folder that world.py wrote")
     args = parser.parse_args()
     engine = load_engine(None, args.adapter, device="cpu")
     engine.adapter.requires_grad_(True)
     by_name = {}
-    directions = by_direction(read_jsonl(args.test, LANGUAGES))
-    for rows in progress(directions.values(), desc="gradients"):
-        for name, gradient in gradients(engine, rows[: args.rows]).items():
+    for rows in progress(rows_of_directions(args.world), desc="gradients"):
+        for name, gradient in gradients(engine, rows).items():
             by_name.setdefault(name, []).append(gradient)
     print(json.dumps(measure(by_name)))
 

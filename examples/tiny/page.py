@@ -1,5 +1,11 @@
-"""docs/results.md from what compare.py measured (docs/data/compare.json)."""
+"""docs/results.md from what compare.py measured (docs/data/compare.json).
 
+    python examples/tiny/page.py
+
+The part of the page between its two markers is written anew, what stands around it is kept.
+"""
+
+import itertools
 import statistics
 import sys
 from pathlib import Path
@@ -7,67 +13,43 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from world import PHRASE
 
-from support.report import COLUMNS, PAPER, markdown
-from support.runs import read_json
+from support.report import COLUMNS, PAPER, markdown, page_around
+from support.runs import ArgumentParser, read_json, run_main, write_atomic
 
-CLAIMS = [  # (the paper has the first above the second, table, their names there)
-    (
-        "MoLoRA (Top-k)",
-        "LoRA",
-        "table1",
-        "LLaMA-3-8B-Instruct MoLoRA (Top-k)",
-        "LLaMA-3-8B-Instruct LoRA",
-    ),
-    (
-        "MoLoRA (Static)",
-        "MoLoRA (Top-k)",
-        "table1",
-        "LLaMA-3-8B-Instruct MoLoRA (Static)",
-        "LLaMA-3-8B-Instruct MoLoRA (Top-k)",
-    ),
-    (
-        "CrossLoRA",
-        "MoLoRA (Static)",
-        "table1",
-        "LLaMA-3-8B-Instruct CrossLoRA Stage 2",
-        "LLaMA-3-8B-Instruct MoLoRA (Static)",
-    ),
-    (
-        "CrossLoRA",
-        "LoRA",
-        "table1",
-        "LLaMA-3-8B-Instruct CrossLoRA Stage 2",
-        "LLaMA-3-8B-Instruct LoRA",
-    ),
-    ("CrossLoRA", "All + Stage 1", "table2", "All + Reinitialized", "All + Stage 1"),
-    (
-        "CrossLoRA",
-        "Pseudo-corpora + Stage 1",
-        "table2",
-        "All + Reinitialized",
-        "Pseudo-corpora + Stage 1",
-    ),
-    ("CrossLoRA", "3 Experts", "table3", "6 Experts", "3 Experts"),
-    (
-        "CrossLoRA",
-        "1 Shared Source Expert",
-        "table3",
-        "6 Experts",
-        "1 Shared Source Expert",
-    ),
-    ("3 Experts", "1 Shared Source Expert", "table3", "3 Experts", "1 Shared Source Expert"),
-    (
-        "1 Shared Source Expert",
-        "1 Shared Target Expert",
-        "table3",
-        "1 Shared Source Expert",
-        "1 Shared Target Expert",
-    ),
-    ("CrossLoRA", "w/o R-Drop", "table6", "w/ R-Drop", "w/o R-Drop"),
-]
+LLAMA = "LLaMA-3-8B-Instruct"
+TABLES = {  # the paper's table -> (name here, name there), best first
+    "table1": [
+        ("CrossLoRA", f"{LLAMA} CrossLoRA Stage 2"),
+        ("MoLoRA (Static)", f"{LLAMA} MoLoRA (Static)"),
+        ("MoLoRA (Top-k)", f"{LLAMA} MoLoRA (Top-k)"),
+        ("LoRA", f"{LLAMA} LoRA"),
+    ],
+    "table2": [
+        ("CrossLoRA", "All + Reinitialized"),
+        ("Pseudo-corpora + Stage 1", "Pseudo-corpora + Stage 1"),
+        ("All + Stage 1", "All + Stage 1"),
+    ],
+    "table3": [
+        ("CrossLoRA", "6 Experts"),
+        ("3 Experts", "3 Experts"),
+        ("1 Shared Source Expert", "1 Shared Source Expert"),
+        ("1 Shared Target Expert", "1 Shared Target Expert"),
+    ],
+    "table6": [("CrossLoRA", "w/ R-Drop"), ("w/o R-Drop", "w/o R-Drop")],
+}
 # Student's, by degrees of freedom
 T_975 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
 MAKER, TITLE = "examples/tiny/compare.py", "A controlled comparison on the toy world"
+
+
+def claims():
+    """Every ordering within the paper's tables: [(first, second, table, first there, second there),
+    ...], the first above the second there."""
+    found = []
+    for table, systems in TABLES.items():
+        for (first, first_there), (second, second_there) in itertools.combinations(systems, 2):
+            found.append((first, second, table, first_there, second_there))
+    return found
 
 
 def interval(values):
@@ -113,7 +95,7 @@ def claims_table(systems, paper, bootstrap):
     """The paper's orderings by average BLEU beside ours. A difference is paired by seed.
     bootstrap: {"first over second": [directions in which the first is better, worse]}."""
     lines = []
-    for first, second, table, first_there, second_there in CLAIMS:
+    for first, second, table, first_there, second_there in claims():
         if first not in systems or second not in systems:
             continue
         printed = [paper[table][name]["average"]["bleu"] for name in (first_there, second_there)]
@@ -135,9 +117,11 @@ def interference_table(systems):
     lines = []
     for name, system in systems.items():
         found = system.get("interference")
-        if found and found["pairs"]:
-            lines.append([name, f"{found['cosine']:.3f}", f"{found['opposed']:.1f}"])
-    return markdown(["system", "gradient cosine", "opposed %"], lines)
+        if found and found[0]["pairs"]:
+            cosine = mean_and_interval([seed["cosine"] for seed in found], 3)
+            opposed = mean_and_interval([seed["opposed"] for seed in found], 1)
+            lines.append([name, cosine, opposed, f"{found[0]['pairs']:,}"])
+    return markdown(["system", "gradient cosine", "opposed %", "pairs of directions"], lines)
 
 
 def targets_table(systems, key, title):
@@ -154,32 +138,47 @@ def targets_table(systems, key, title):
 
 def page_of(data):
     """The page's generated part. data: what docs/data/compare.json holds."""
-    systems, lengths = data["systems"], []
-    steps = {(s["steps"], "Pseudo" in name) for name, s in systems.items() if "steps" in s}
-    for number, few in sorted(steps):
-        lengths.append(f"{number} steps" + (" (pseudo pairs only)" if few else ""))
-    seeds = ", ".join(map(str, data["seeds"]))
-    first = data["seeds"][0]
+    systems, first = data["systems"], data["seeds"][0]
+    steps = {system["steps"] for system in systems.values() if "steps" in system}
     return (
-        f"Seeds {seeds}: mean ± half of the 95 % interval over them (Student's). Each system is "
-        f"trained on the same data: {data['pairs']} pairs per direction with English, at most as "
-        "many pseudo pairs (a tenth of them are its dev set), and what stands for FLORES-200. All "
-        f"take the same {' or '.join(lengths)} of 32: step-matched. An expert has the paper's rank "
-        "of 16, plain LoRA 96, which gives it CrossLoRA's number of parameters; the others are not "
-        f"parameter-matched. Tested on {data['test_pairs']} sentences per direction. The learning "
-        f"rate of Stage 2 is each system's best of {', '.join(data['grid'])} by dev NLL at seed "
-        f"{first}.\n\n"
+        f"Seeds {', '.join(map(str, data['seeds']))} of the adapters, on one world, one backbone "
+        "and one test set: mean ± half of the 95 % interval over the seeds (Student's); another "
+        "backbone is not in it. In each seed CrossLoRA's Stage 1 writes the pseudo-corpus of all "
+        f"systems. Stage 2 is trained on {data['pairs']} pairs per direction with English, at most "
+        "as many pseudo pairs (a tenth of them are its dev set), and what stands for FLORES-200, "
+        f"for {max(steps)} steps of 32 by every system but two: Pseudo-corpora + Stage 1 and All + "
+        f"Stage 1 go on from Stage 1's {data['stage_1_steps']} steps, and the first of them has "
+        f"the pseudo pairs only, {min(steps)} steps. So all but these two are step-matched. An "
+        "expert has the paper's rank of 16, plain LoRA 96, which gives it CrossLoRA's number of "
+        "parameters; who else is parameter-matched, the table says. Tested on "
+        f"{data['test_pairs']} sentences per direction. The learning rate of Stage 2 is each "
+        f"system's best of {', '.join(data['grid'])} by the NLL on its dev set, mostly pseudo "
+        f"pairs, at seed {first}.\n\n"
         + results_table(systems)
         + "\nThe paper's orderings, average BLEU on Llama-3-8B there, on the toy world here; a "
-        "verdict only where the 95 % interval of the mean over the seeds leaves out zero. Last "
-        f"column: paired bootstrap within seed {first}, directions of 30 with p < 0.05, BLEU.\n\n"
+        "verdict only where the 95 % interval of the mean over the seeds leaves out zero, each row "
+        "by itself: of sixteen such verdicts one may well be chance. Last column: paired bootstrap "
+        f"within seed {first}, directions of 30 with p < 0.05, BLEU; one or two come by chance.\n\n"
         + claims_table(systems, read_json(PAPER), data["bootstrap"])
         + "\nWhat the directions that share an expert do to each other, at the end of training "
-        f"(`interference.py`, seed {first}): the mean cosine between two directions' gradients of "
-        "one expert's matrix, and how many such pairs point apart.\n\n"
+        "(`interference.py`): the mean cosine between two directions' gradients of one expert's "
+        "matrix, and how many such pairs point apart. No sentence is in two directions.\n\n"
         + interference_table(systems)
         + "\nBy target language, mean over sources and seeds:\n\n"
         + targets_table(systems, "off_target", "off-target %")
         + "\n"
         + targets_table(systems, "bleu", "BLEU")
     )
+
+
+def main():
+    parser = ArgumentParser("Write the page anew from what compare.py measured.")
+    parser.add_argument("--data", default="docs/data/compare.json", help="compare.py's --data-out")
+    parser.add_argument("--results", default="docs/results.md", help="Markdown file")
+    args = parser.parse_args()
+    before, behind = page_around(args.results, MAKER, TITLE)
+    write_atomic(args.results, before + page_of(read_json(args.data)) + behind)
+
+
+if __name__ == "__main__":
+    run_main(main)

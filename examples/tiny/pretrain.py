@@ -29,7 +29,16 @@ from world import PHRASE, meanings, parts, sentence
 import model as backbone
 from data import IGNORE, LANGUAGES, PROMPT, Tokenizer, read_flores, read_opus
 from support.export import save_backbone
-from support.runs import ArgumentParser, UserError, claim, file_sha256, run_main, write_json
+from support.runs import (
+    ArgumentParser,
+    UserError,
+    at_least,
+    claim,
+    file_sha256,
+    run_main,
+    within,
+    write_json,
+)
 
 CONTROL = [
     "<|begin_of_text|>",
@@ -189,7 +198,11 @@ def parse_args():
     add("--asked", type=float, default=0.1, help=asked)
     add("--lr", type=float, default=4e-3)
     add("--seed", type=int, default=1)
-    return parser.parse_args()
+    args = parser.parse_args()
+    at_least(1, args, "layers", "steps", "lines")
+    at_least(0, args, "phrase_steps")
+    within(1, args, "asked")
+    return args
 
 
 def held_out_sentences(world):
