@@ -178,6 +178,30 @@ def test_what_we_start_listens_to_this_machine_alone(tmp_path):
     assert not (tmp_path / "0").read_text()
 
 
+ENDING = """
+import atexit, os, pathlib, sys
+sys.path.insert(0, {root!r})
+def note_threads():
+    names = [task.read_text() for task in pathlib.Path("/proc/self/task").glob("*/comm")]
+    pathlib.Path({out!r} + os.environ["RANK"]).write_text("".join(names))
+atexit.register(note_threads)  # comes after all that is registered later
+from support.runs import init_distributed
+ranks = init_distributed("cpu")
+import torch._dynamo  # which fast/ imports, and torch's own optimizers
+ranks.broadcast_from_rank0(os.getpid)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the names of threads from /proc")
+def test_no_thread_of_the_group_outlives_it(tmp_path):
+    """It would abort Python at its end, now and then."""
+    (tmp_path / "ending.py").write_text(ENDING.format(root=str(ROOT), out=f"{tmp_path}/"))
+    run(*TORCHRUN, tmp_path / "ending.py")
+    for rank in "01":
+        names = (tmp_path / rank).read_text()
+        assert names and "gloo" not in names, names
+
+
 # --- numbers --------------------------------------------------------------------------------------
 
 
