@@ -53,7 +53,7 @@ endef
 W = runs/tiny$(SEED:%=-seed%)
 T = $(W)$(if $(PLAIN),-plain)
 ENGINE      = $(if $(PLAIN),--plain)
-TINY_TRAIN  = --model $(W)/backbone --data $(T)/data --lr 5e-3 --epochs 1 \
+TINY_TRAIN  = --model $(W)/backbone --data $(T)/data --lr 5e-3 \
               --micro-batch-size 16 $(ENGINE)
 TINY_DECODE = --max-new-tokens 48 $(ENGINE)
 TINY_SCORE  = --all-directions --test $(T)/data/test.jsonl $(TINY_DECODE)
@@ -65,10 +65,10 @@ world: .venv/installed
 
 tiny: world
 	$(PYTHON) data.py --data $(W)/world --out $(T)/data --languages en,de,is,cs,ru,zh \
-	  --train-pairs 300 --dev-pairs 20 --test-pairs 50
+	  --train-pairs 600 --dev-pairs 20 --test-pairs 50
 	$(CPUS) train.py --stage 1 $(TINY_TRAIN) --out $(T)/stage1
 	$(CPUS) pivot.py --adapter $(T)/stage1/adapter --data $(T)/data --out $(T)/pseudo \
-	  --pairs 300 $(TINY_DECODE)
+	  --pairs 600 $(TINY_DECODE)
 	$(CPUS) train.py --stage 2 $(TINY_TRAIN) --pseudo $(T)/pseudo --out $(T)/stage2
 	$(CPUS) evaluate.py $(TINY_SCORE) --model $(W)/backbone --out $(T)/scores/base
 	$(CPUS) evaluate.py $(TINY_SCORE) --adapter $(T)/stage1/adapter --out $(T)/scores/stage1

@@ -9,18 +9,20 @@ import runpy
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-from conftest import ROOT, inside, run
+from conftest import ROOT, TORCHRUN, inside, read_rows, refuses, run
 
 import train
+from support.runs import read_json
 
 SEVEN = ["model", "crosslora", "data", "train", "generate", "pivot", "evaluate"]
 HAS_FAST = (ROOT / "fast").is_dir()
 PAGES = [
     "README.md",
     "CONTRIBUTING.md",
-    *(f"docs/{n}.md" for n in ("paper", "choices", "checks", "reliability")),
+    *(f"docs/{n}.md" for n in ("paper", "choices", "checks", "reliability", "seeds", "results")),
 ]
 BELOW = {  # what each script may import beside support/
     "model": set(),
@@ -282,3 +284,43 @@ def test_nothing_runs_what_it_reads():
         assert "trust_remote_code" not in text and "import pickle" not in text, path
         for call in re.findall(r"torch\.load\(([^\n]*)", text):
             assert "weights_only=True" in call, (path, call)
+
+
+def test_the_defaults_chain(tmp_path, monkeypatch):
+    """The commands of the README, one after another in a folder of their own, with no flags but
+    those that make the world small; before its turn each says which command it waits for."""
+    monkeypatch.chdir(tmp_path)
+    small = ["--train", "90", "--dev", "4", "--test", "3"]
+    inside(ROOT / "examples/tiny/world.py", "--out", "corpora", *small)
+    small = "--hidden-size 32 --layers 2 --steps 300 --phrase-steps 100 --lines 16 --lr 1e-2"
+    where = "--world", "corpora", "--out", "backbone"
+    run(ROOT / "examples/tiny/pretrain.py", *where, *small.split(), cwd=tmp_path)
+    small = "--model backbone --max-steps 40 --epochs 20 --lr 1e-2 --micro-batch-size 16"
+    train, decode = (ROOT / "train.py", *small.split()), ("--max-new-tokens", 24)
+    chain = [
+        (ROOT / "data.py", "--source", "publisher", "--train-pairs", 30),
+        (*train, "--stage", 1),
+        (ROOT / "pivot.py", *decode, "--pairs", 5, "--max-ratio", 9),
+        (*train, "--stage", 2),
+        (ROOT / "evaluate.py", "--all-directions", *decode),
+        (ROOT / "support/report.py",),
+    ]
+    waits_for = [
+        "",
+        "data: no manifest.json in it; --data takes a folder that data.py has finished, "
+        "`python data.py --source publisher` makes it",
+        "`train.py --stage 1` makes runs/stage1/adapter",
+        "`torchrun --nproc_per_node=2 pivot.py` makes runs/pseudo",
+        "",  # Stage 1's adapter will do
+        "`python evaluate.py --all-directions` makes one",
+    ]
+    for i, command in enumerate(chain):
+        if waits_for[i + 1 :] and waits_for[i + 1]:
+            refuses(*chain[i + 1], says=waits_for[i + 1])  # too early
+        parallel = command[0].name in ("train.py", "pivot.py")
+        done = run(*(TORCHRUN if parallel else ()), *command, cwd=tmp_path)
+    assert read_rows("runs/pseudo/pseudo.train.jsonl"), Path("runs/pseudo/report.md").read_text()
+    scores = read_json("runs/scores/stage2/scores.json")
+    assert len(scores["directions"]) == 30 and done.stdout.splitlines()[2].startswith("| stage2 |")
+    one = run(ROOT / "generate.py", "--src", "de", "--tgt", "is", "Guten Morgen.", cwd=tmp_path)
+    assert one.stdout.strip() and not list(tmp_path.rglob("*.tmp"))

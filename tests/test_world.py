@@ -3,19 +3,21 @@ overlap."""
 
 import json
 import random
-from pathlib import Path
 
 import pytest
 import torch
 from compare import SYSTEMS
-from conftest import ROOT, TORCHRUN, inside, read_rows, refuses, run
+from conftest import ROOT, inside, refuses
 from interference import measure, rows_of_directions
 from page import claims, claims_table, results_table
+from seeds import is_kept
 from world import WORDS, meanings, sentence
 
 from data import LANGUAGES, read_flores, read_opus
 from support.report import PAPER
 from support.runs import read_json, write_json
+
+pytestmark = pytest.mark.once
 
 ENGLISH = {kind: [row[0] for row in rows] for kind, rows in WORDS.items()}
 
@@ -186,46 +188,6 @@ def test_interference_of_an_adapter(adapter_folder, tmp_path):
     refuses(script, "--adapter", adapter_folder, "--world", few, says=says)
 
 
-def test_the_defaults_chain(tmp_path, monkeypatch):
-    """The commands of the README, one after another in a folder of their own, with no flags but
-    those that make the world small; before its turn each says which command it waits for."""
-    monkeypatch.chdir(tmp_path)
-    small = ["--train", "90", "--dev", "4", "--test", "3"]
-    inside(ROOT / "examples/tiny/world.py", "--out", "corpora", *small)
-    small = "--hidden-size 32 --layers 2 --steps 300 --phrase-steps 100 --lines 16 --lr 1e-2"
-    where = "--world", "corpora", "--out", "backbone"
-    run(ROOT / "examples/tiny/pretrain.py", *where, *small.split(), cwd=tmp_path)
-    small = "--model backbone --max-steps 40 --epochs 20 --lr 1e-2 --micro-batch-size 16"
-    train, decode = (ROOT / "train.py", *small.split()), ("--max-new-tokens", 24)
-    chain = [
-        (ROOT / "data.py", "--source", "publisher", "--train-pairs", 30),
-        (*train, "--stage", 1),
-        (ROOT / "pivot.py", *decode, "--pairs", 5, "--max-ratio", 9),
-        (*train, "--stage", 2),
-        (ROOT / "evaluate.py", "--all-directions", *decode),
-        (ROOT / "support/report.py",),
-    ]
-    waits_for = [
-        "",
-        "data: no manifest.json in it; --data takes a folder that data.py has finished, "
-        "`python data.py --source publisher` makes it",
-        "`train.py --stage 1` makes runs/stage1/adapter",
-        "`torchrun --nproc_per_node=2 pivot.py` makes runs/pseudo",
-        "",  # Stage 1's adapter will do
-        "`python evaluate.py --all-directions` makes one",
-    ]
-    for i, command in enumerate(chain):
-        if waits_for[i + 1 :] and waits_for[i + 1]:
-            refuses(*chain[i + 1], says=waits_for[i + 1])  # too early
-        parallel = command[0].name in ("train.py", "pivot.py")
-        done = run(*(TORCHRUN if parallel else ()), *command, cwd=tmp_path)
-    assert read_rows("runs/pseudo/pseudo.train.jsonl"), Path("runs/pseudo/report.md").read_text()
-    scores = read_json("runs/scores/stage2/scores.json")
-    assert len(scores["directions"]) == 30 and done.stdout.splitlines()[2].startswith("| stage2 |")
-    one = run(ROOT / "generate.py", "--src", "de", "--tgt", "is", "Guten Morgen.", cwd=tmp_path)
-    assert one.stdout.strip() and not list(tmp_path.rglob("*.tmp"))
-
-
 def test_the_promise_is_judged_by_its_three_numbers(tmp_path):
     """In figures of two backbones that differ by what Stage 2 loses."""
     for seed, lost in ((3, 3.0), (4, 3.25)):
@@ -251,6 +213,7 @@ def test_the_promise_is_judged_by_its_three_numbers(tmp_path):
 
 PAGES = {  # page -> the script that writes it anew from its data, and its flag for the page
     "results": ("examples/tiny/page.py", "--data", "--results"),
+    "seeds": ("examples/tiny/seeds.py", "--data-out", "--page"),
     "human-text": ("examples/human_text.py", "--data-out", "--page"),
 }
 DATA_OF = {"results": "compare"}
@@ -272,3 +235,7 @@ def test_a_page_of_results_is_what_was_measured(name, tmp_path):
 def test_the_results_are_of_all_systems():
     data = read_json(ROOT / "docs/data/compare.json")
     assert set(SYSTEMS) < set(data["systems"]) and len(data["seeds"]) == 3
+    backbones = read_json(ROOT / "docs/data/seeds.json")["runs"]
+    assert len({found["seed"] for found in backbones}) == 5 and all(map(is_kept, backbones))
+    averages = [found["stage2"]["bleu"]["average"] for found in backbones]
+    assert max(averages) - min(averages) < 5
