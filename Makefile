@@ -3,7 +3,7 @@
 #
 #   make tiny     the whole pipeline on a toy world of six languages, on a CPU, in minutes;
 #                 PLAIN=1: by the seven plain scripts alone, without fast/; SEED=: of the backbone
-#   make seeds    that with five backbones, in half an hour -> docs/seeds.md
+#   make seeds    that with five backbones, in 30 to 50 minutes -> docs/seeds.md
 #   make compare  every adapter that the paper compares on that world, three seeds, on a CPU, in
 #                 an hour on 2 cores -> docs/results.md
 #   make small    the whole method on a small real model and real text, on one GPU, or smaller on a
@@ -80,6 +80,12 @@ tiny: world
 
 SEEDS = 2 3 4 5
 
+ifneq ($(filter seeds,$(MAKECMDGOALS)),)
+ifneq ($(PLAIN)$(SEED),)
+$(error make seeds: without PLAIN and SEED)
+endif
+endif
+
 # The first is make tiny's own. A line each: one after another, whatever -j says.
 seeds: tiny
 	$(foreach seed,$(SEEDS),$(MAKE) tiny SEED=$(seed)$(NEWLINE)	)
@@ -133,7 +139,7 @@ PYTEST = -m pytest -q -n 2 --dist worksteal
 
 # First without fast/, in a copy of the checkout: the seven plain scripts stand alone. Then with it,
 # all that it can change. The long chain of defaults is run with it, as users have it, and what is
-# marked `once` without it: the two together have twenty minutes.
+# marked `once` without it: both passes together must end within twenty minutes.
 test: .venv/installed
 	rm -rf .plain
 	mkdir .plain

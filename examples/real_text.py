@@ -340,6 +340,26 @@ def examples_tables(rules: dict) -> str:
     return text
 
 
+def too_few(sentences: int) -> str:
+    """A caveat of the bootstrap, where it is one."""
+    return "" if sentences >= 30 else f" (of {sentences} sentences such an interval is too narrow)"
+
+
+def matched(systems: dict) -> str:
+    """Which systems have as many parameters as CrossLoRA's Stage 2, and took as many steps."""
+    ours = systems[OURS]["training"]
+    found = []
+    for name in ("lora", "molora-static"):
+        run = systems[name]["training"]
+        times = run["parameters"] / ours["parameters"]
+        parameters = "as many parameters" if times == 1 else f"{times:.2f} times the parameters"
+        found.append(f"{SYSTEMS[name]} has {parameters} and takes {run['steps']} steps")
+    return (
+        f"{SYSTEMS[OURS]} takes {ours['steps']} steps; beside it, {', '.join(found)}. All have the "
+        "same pairs and the same learning rate, the paper's, tuned for none."
+    )
+
+
 def page_of(data: dict) -> str:
     """The page's generated part. data: what --data-out holds."""
     s = data["settings"]
@@ -350,16 +370,16 @@ def page_of(data: dict) -> str:
         f"direction wanted; {s['epochs']} epoch(s) in batches of {s['batch_size']}, learning rate "
         f"{s['lr']:g}, one seed. Tested on {s['test_pairs']} FLORES-200 sentences in each of "
         f"{s['directions']} directions. Brackets: 95 % intervals by resampling these sentences, "
-        "the same ones in every direction (of a dozen clusters such an interval is rather narrow); "
-        "what another seed of training would change is not in them. The NLL is in nats; languages "
-        "differ in it by script, so compare down a column.",
+        f"the same ones in every direction{too_few(s['test_pairs'])}; what another seed of "
+        "training would change is not in them. The NLL is in nats; languages differ in it by "
+        f"script, so compare down a column. {matched(data['systems'])}",
         systems_table(data["systems"]),
         groups_table(data["systems"]),
         f"{SYSTEMS[OURS]} against the others: the difference of the NLL per character (below zero: "
         "the references are likelier) and of the average scores, with the interval of the "
         "difference, and in how many directions it is better or worse by paired "
         "bootstrap (p < 0.05; one or two in thirty would come by chance if directions were "
-        "independent, but all have the same sentences, and few).",
+        "independent, but all have the same sentences).",
         differences_table(data["against"]),
         "What was trained; minutes are those of its steps. Compare the dev NLL down a column.",
         training_table(data["systems"]),

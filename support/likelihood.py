@@ -4,9 +4,9 @@ apart where BLEU is near 0.
     python support/likelihood.py --adapter runs/stage2/adapter --out runs/scores/stage2
     python support/likelihood.py --model Qwen/Qwen2.5-0.5B-Instruct --out runs/scores/base
 
-Writes likelihood.json beside an evaluation's scores, and prints a table; what is written already
-is printed. Per character, not per
-token, so that backbones of other tokenizers can be compared; nats, the end of turn included.
+Writes likelihood.json beside an evaluation's scores, and prints a table; what is written already is
+printed. Per character, not per token, so that backbones of other tokenizers can be compared; nats,
+the end of turn included.
 """
 
 import sys

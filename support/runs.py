@@ -545,8 +545,8 @@ def init_distributed(device: str, minutes: float = 360) -> Ranks:
                     "start as many as there are, or pass --device cpu"
                 )
             torch.cuda.set_device(here.local_rank)
-        # Imported after the group is made it holds the group for good, and gloo's threads, which
-        # destroy_process_group would end, abort Python now and then as it ends (pytorch#190489).
+        # Before there is a group: imported later, it holds on to the group, and gloo's threads,
+        # which destroy_process_group should end, abort Python's exit at times (pytorch#190489).
         importlib.import_module("torch._dynamo")
         patience = datetime.timedelta(minutes=minutes)
         where = {}

@@ -181,14 +181,15 @@ def test_what_we_start_listens_to_this_machine_alone(tmp_path):
 ENDING = """
 import atexit, os, pathlib, sys
 sys.path.insert(0, {root!r})
-def note_threads():
+def note_threads(when):
     names = [task.read_text() for task in pathlib.Path("/proc/self/task").glob("*/comm")]
-    pathlib.Path({out!r} + os.environ["RANK"]).write_text("".join(names))
-atexit.register(note_threads)  # comes after all that is registered later
+    pathlib.Path({out!r} + when + os.environ["RANK"]).write_text("".join(names))
+atexit.register(note_threads, "after")  # comes after all that is registered later
 from support.runs import init_distributed
 ranks = init_distributed("cpu")
 import torch._dynamo  # which fast/ imports, and torch's own optimizers
 ranks.broadcast_from_rank0(os.getpid)
+note_threads("before")
 """
 
 
@@ -198,7 +199,8 @@ def test_no_thread_of_the_group_outlives_it(tmp_path):
     (tmp_path / "ending.py").write_text(ENDING.format(root=str(ROOT), out=f"{tmp_path}/"))
     run(*TORCHRUN, tmp_path / "ending.py")
     for rank in "01":
-        names = (tmp_path / rank).read_text()
+        assert "gloo" in (tmp_path / f"before{rank}").read_text()
+        names = (tmp_path / f"after{rank}").read_text()
         assert names and "gloo" not in names, names
 
 

@@ -235,6 +235,9 @@ def test_a_page_of_results_is_what_was_measured(name, tmp_path):
 def test_the_results_are_of_all_systems():
     data = read_json(ROOT / "docs/data/compare.json")
     assert set(SYSTEMS) < set(data["systems"]) and len(data["seeds"]) == 3
+
+
+def test_five_backbones_keep_the_promise_within_5_bleu():
     backbones = read_json(ROOT / "docs/data/seeds.json")["runs"]
     assert len({found["seed"] for found in backbones}) == 5 and all(map(is_kept, backbones))
     averages = [found["stage2"]["bleu"]["average"] for found in backbones]

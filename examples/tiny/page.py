@@ -136,29 +136,44 @@ def targets_table(systems, key, title):
     return markdown(["system", *(f"{title} into {lang}" for lang in PHRASE)], lines)
 
 
+def matched(systems, stage_1_steps):
+    """Which systems have CrossLoRA's steps, and which its parameters."""
+    ours, others, parameters = systems["CrossLoRA"], [], []
+    for name, system in systems.items():
+        if "steps" not in system or name == "CrossLoRA":
+            continue
+        if system["steps"] != ours["steps"]:
+            others.append(f"{name} ({system['steps']})")
+        if system["parameters"] != ours["parameters"]:
+            parameters.append(f"{name} ({system['parameters'] / ours['parameters']:.2f} times)")
+    return (
+        f"Step-matched: Stage 2 takes {ours['steps']} steps in all systems but "
+        f"{', '.join(others)}; the two called + Stage 1 have Stage 1's {stage_1_steps} steps "
+        f"before that. Parameter-matched to CrossLoRA: all but {', '.join(parameters)}."
+    )
+
+
 def page_of(data):
     """The page's generated part. data: what docs/data/compare.json holds."""
     systems, first = data["systems"], data["seeds"][0]
-    steps = {system["steps"] for system in systems.values() if "steps" in system}
     return (
         f"Seeds {', '.join(map(str, data['seeds']))} of the adapters, on one world, one backbone "
         "and one test set: mean ± half of the 95 % interval over the seeds (Student's); another "
         "backbone is not in it. In each seed CrossLoRA's Stage 1 writes the pseudo-corpus of all "
         f"systems. Stage 2 is trained on {data['pairs']} pairs per direction with English, at most "
         "as many pseudo pairs (a tenth of them are its dev set), and what stands for FLORES-200, "
-        f"for {max(steps)} steps of 32 by every system but two: Pseudo-corpora + Stage 1 and All + "
-        f"Stage 1 go on from Stage 1's {data['stage_1_steps']} steps, and the first of them has "
-        f"the pseudo pairs only, {min(steps)} steps. So all but these two are step-matched. An "
-        "expert has the paper's rank of 16, plain LoRA 96, which gives it CrossLoRA's number of "
-        "parameters; who else is parameter-matched, the table says. Tested on "
+        "in batches of 32; Pseudo-corpora + Stage 1 on the pseudo pairs only. An expert has the "
+        "paper's rank of 16, plain LoRA 96. "
+        f"{matched(systems, data['stage_1_steps'])} Tested on "
         f"{data['test_pairs']} sentences per direction. The learning rate of Stage 2 is each "
         f"system's best of {', '.join(data['grid'])} by the NLL on its dev set, mostly pseudo "
         f"pairs, at seed {first}.\n\n"
         + results_table(systems)
-        + "\nThe paper's orderings, average BLEU on Llama-3-8B there, on the toy world here; a "
-        "verdict only where the 95 % interval of the mean over the seeds leaves out zero, each row "
-        "by itself: of sixteen such verdicts one may well be chance. Last column: paired bootstrap "
-        f"within seed {first}, directions of 30 with p < 0.05, BLEU; one or two come by chance.\n\n"
+        + "\nThe paper's orderings, average BLEU on Llama-3-8B there, on the toy world here; "
+        "a verdict, on this one backbone, only where the 95 % interval of the mean over the seeds "
+        "leaves out zero, each row by itself: of sixteen such verdicts one may well be chance. "
+        f"Last column: paired bootstrap within seed {first}, directions of 30 with p < 0.05, BLEU; "
+        "one or two come by chance.\n\n"
         + claims_table(systems, read_json(PAPER), data["bootstrap"])
         + "\nWhat the directions that share an expert do to each other, at the end of training "
         "(`interference.py`): the mean cosine between two directions' gradients of one expert's "
