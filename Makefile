@@ -103,13 +103,13 @@ S       = runs/small/$(notdir $(MODEL:%/=%))
 PAIRS   = 1000
 FLORES  = 50
 PSEUDO  = 300
-TRIES   = 20
+TRIES   = 3
 TEST    = 100
 BATCH   = 32
 MACHINE = a machine of unknown kind
 S_TRAIN = --model $(MODEL) --data $(S)/data --epochs 1 --batch-size $(BATCH) --save-every 20
 S_TEST  = --test $(S)/data/test.jsonl
-S_SCORE = --all-directions $(S_TEST) --max-new-tokens 128
+S_SCORE = --all-directions $(S_TEST) --max-new-tokens 256
 TRAINED = stage1 stage2 lora molora-static
 
 small: .venv/installed
@@ -118,7 +118,7 @@ small: .venv/installed
 	  --flores-test
 	$(PYTHON) train.py --stage 1 $(S_TRAIN) --out $(S)/stage1
 	$(PYTHON) pivot.py --adapter $(S)/stage1/adapter --data $(S)/data --out $(S)/pseudo \
-	  --pairs $(PSEUDO) --max-tries $(TRIES) --max-new-tokens 128
+	  --pairs $(PSEUDO) --max-tries $(TRIES) --max-new-tokens 256
 	$(PYTHON) train.py --stage 2 $(S_TRAIN) --pseudo $(S)/pseudo --out $(S)/stage2
 	$(PYTHON) train.py --stage 2 $(S_TRAIN) --pseudo $(S)/pseudo --out $(S)/lora \
 	  --adapter-type lora

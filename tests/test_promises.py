@@ -22,7 +22,8 @@ HAS_FAST = (ROOT / "fast").is_dir()
 PAGES = [
     "README.md",
     "CONTRIBUTING.md",
-    *(f"docs/{n}.md" for n in ("paper", "choices", "checks", "reliability", "seeds", "results")),
+    *(f"docs/{n}.md" for n in ("paper", "choices", "checks", "reliability")),
+    *(f"docs/{n}.md" for n in ("results", "seeds", "real-text", "human-text")),
 ]
 BELOW = {  # what each script may import beside support/
     "model": set(),

@@ -214,6 +214,7 @@ def test_the_promise_is_judged_by_its_three_numbers(tmp_path):
 PAGES = {  # page -> the script that writes it anew from its data, and its flag for the page
     "results": ("examples/tiny/page.py", "--data", "--results"),
     "seeds": ("examples/tiny/seeds.py", "--data-out", "--page"),
+    "real-text": ("examples/real_text.py", "--data-out", "--page"),
     "human-text": ("examples/human_text.py", "--data-out", "--page"),
 }
 DATA_OF = {"results": "compare"}
