@@ -78,6 +78,7 @@ def two_processes(rank, checkpoint, sentences, out, engine):
     ddp = data_parallel(loss_of(lm, adapter, engine), ranks)
     sums = ranks.sum(backward(ddp, examples, settings(), ranks, cut), lm.device)
     torch.save((sums, gradients(adapter)), f"{out}/{rank}.pt")
+    del ddp  # or its reducer would end the group under the lock for which gloo's thread may wait
     torch.distributed.destroy_process_group()
 
 
