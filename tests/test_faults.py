@@ -187,7 +187,7 @@ def note_threads(when):
 atexit.register(note_threads, "after")  # comes after all that is registered later
 from support.runs import init_distributed
 ranks = init_distributed("cpu")
-import torch._dynamo  # which fast/ imports, and torch's own optimizers
+import torch._dynamo  # as fast/ and DistributedDataParallel do
 ranks.broadcast_from_rank0(os.getpid)
 note_threads("before")
 """
